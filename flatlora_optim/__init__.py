@@ -1,0 +1,16 @@
+"""Flat-LoRA for any base optimizer and any training loop (arXiv 2409.14396)."""
+
+from .noise import GaussianNoise, NoiseSource
+from .optimizer import FlatLoRAOptimizer
+from .perturbation import WeightChangedError
+from .targets import find_targets, register
+
+__all__ = [
+    "FlatLoRAOptimizer",
+    "GaussianNoise",
+    "NoiseSource",
+    "WeightChangedError",
+    "find_targets",
+    "register",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,123 @@
+"""What a param group carries for us, and the check of state before it is loaded.
+
+Step, seed and schedule live in the param groups, so every checkpoint format that carries an
+optimizer's ``param_groups`` carries them too.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from . import schedules
+
+STEP = "flatlora_step"
+SEED = "flatlora_seed"
+TOTAL_STEPS = "flatlora_total_steps"
+SCHEDULE = "flatlora_schedule"
+SIGMA = "sigma"
+KEYS = (SIGMA, STEP, SEED, TOTAL_STEPS, SCHEDULE)
+
+CUSTOM_SCHEDULE = "custom"
+"""Stands for a callable, which no checkpoint can carry."""
+
+
+def check_sigma(value: object) -> float:
+    """Raises ValueError or TypeError unless ``value`` is a finite number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"sigma must be a number, got {value!r}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"sigma must be finite and >= 0 (0.05 is usual for LLMs), got {value!r}")
+    return float(value)
+
+
+def check_seed(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"seed must be an int, got {value!r}")
+    return value
+
+
+def check_step(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"the step counter must be an int >= 0, got {value!r}")
+    return value
+
+
+def check_total_steps(value: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"total_steps must be a number of optimizer steps, got {value!r}")
+    if value < 1:
+        raise ValueError(f"total_steps must be at least 1, got {value}")
+    return value
+
+
+def check_schedule(value: object) -> None:
+    if not callable(value) and value not in schedules.NAMES:
+        raise ValueError(
+            f"schedule must be one of {', '.join(map(repr, schedules.NAMES))} "
+            f"or a callable of the step, got {value!r}"
+        )
+
+
+def check_state_dict(
+    state_dict: object, groups: list[dict[str, Any]], *, custom_schedule: bool
+) -> dict[str, Any]:
+    """Checks a state dict against the optimizer's own groups, before anything is changed.
+
+    Returns:
+        The state dict.
+
+    Raises:
+        TypeError, ValueError: It is malformed, of another shape, or from another schedule.
+    """
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"the optimizer state must be a dict, got {type(state_dict).__name__}")
+    for key, kind in (("state", dict), ("param_groups", list)):
+        if not isinstance(state_dict.get(key), kind):
+            raise ValueError(f"the optimizer state has no {kind.__name__} under {key!r}")
+    saved = state_dict["param_groups"]
+    if len(saved) != len(groups):
+        raise ValueError(f"the checkpoint has {len(saved)} param groups, the optimizer has {len(groups)}")
+    parameters: set[object] = set()
+    for i, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
+        if not isinstance(theirs, dict) or not isinstance(theirs.get("params"), (list, tuple)):
+            raise ValueError(f"param group {i} of the checkpoint is malformed")
+        if len(theirs["params"]) != len(ours["params"]):
+            raise ValueError(
+                f"param group {i} of the checkpoint has {len(theirs['params'])} parameters, "
+                f"the optimizer's has {len(ours['params'])}: was another adapter trained?"
+            )
+        parameters.update(theirs["params"])
+        _check_group(theirs, custom_schedule)
+    unknown = [key for key in state_dict["state"] if key not in parameters]
+    if unknown:
+        raise ValueError(f"the checkpoint has state for parameters in no group: {unknown[:3]}")
+    return state_dict
+
+
+def _check_group(group: dict[str, Any], custom_schedule: bool) -> None:
+    if SIGMA in group:
+        check_sigma(group[SIGMA])
+    if not any(key in group for key in KEYS if key != SIGMA):
+        return  # A checkpoint of the base optimizer alone.
+    missing = [key for key in KEYS if key not in group]
+    if missing:
+        raise ValueError(f"the checkpoint's Flat-LoRA state lacks {', '.join(missing)}")
+    check_step(group[STEP])
+    check_seed(group[SEED])
+    total_steps = check_total_steps(group[TOTAL_STEPS])
+    schedule = group[SCHEDULE]
+    if schedule == CUSTOM_SCHEDULE:
+        if not custom_schedule:
+            raise ValueError(
+                "the checkpoint was made with a callable schedule, which it can't carry: "
+                "build the optimizer with the same callable as `schedule`"
+            )
+        return
+    if not isinstance(schedule, str):
+        raise TypeError(f"the checkpoint's schedule must be a name, got {schedule!r}")
+    check_schedule(schedule)
+    if schedules.needs_total_steps(schedule) and total_steps is None:
+        raise ValueError(f"the checkpoint's {schedule!r} schedule has no total_steps")

@@ -1,0 +1,117 @@
+"""The automatic style: forwards that train see noise, all other observers see clean weights."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from .optimizer import FlatLoRAOptimizer
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+class _ModelHook:
+    """A hook that neither keeps the optimizer alive nor travels with copies of the model."""
+
+    def __init__(self, optimizer: FlatLoRAOptimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Detached:
+        self._refuse_while_perturbed("copy")
+        return Detached()
+
+    def __reduce__(self) -> tuple[type[Detached], tuple[()]]:
+        self._refuse_while_perturbed("pickle")
+        return Detached, ()
+
+    def _refuse_while_perturbed(self, verb: str) -> None:
+        optimizer = self._optimizer()
+        if optimizer is not None and optimizer.is_perturbed:
+            raise RuntimeError(
+                f"can't {verb} the model while its weights carry noise: "
+                f"call `optimizer.restore()` first, or {verb} it right after `optimizer.step()`"
+            )
+
+
+class Detached:
+    """What a hook becomes in a copy of the model, which no optimizer perturbs."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+class _Before(_ModelHook):
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if (optimizer := self._optimizer()) is not None:
+            optimizer._forward_begins(module)
+
+
+class _After(_ModelHook):
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if (optimizer := self._optimizer()) is not None:
+            # torch calls the hook without an output for an exception on its way out.
+            failed = output is None and sys.exc_info()[0] is not None
+            optimizer._forward_ends(module, failed)
+
+
+class _CleanStateDict(_ModelHook):
+    """Puts clean values into a state dict that is taken while the weights carry noise."""
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        if (optimizer := self._optimizer()) is None or not optimizer.is_perturbed:
+            return
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            key = prefix + name
+            if tensor is not None and key in state:
+                clean = optimizer._clean_copy(tensor)
+                if clean is not None:
+                    state[key] = clean
+
+
+def hook_forwards(optimizer: FlatLoRAOptimizer, model: nn.Module) -> list[RemovableHandle]:
+    """Watches each module through which a whole forward may begin.
+
+    The pre-hooks come first of all: FSDP gathers a module's shards in a pre-hook of its own, and
+    must find the noise in them.
+    """
+    before, after = _Before(optimizer), _After(optimizer)
+    handles = []
+    for module in entrances(model, {id(t.layer) for t in optimizer.targets}):
+        handles.append(module.register_forward_pre_hook(before, prepend=True))
+        handles.append(module.register_forward_hook(after, always_call=True))
+    return handles
+
+
+def hook_state_dicts(optimizer: FlatLoRAOptimizer, model: nn.Module) -> list[RemovableHandle]:
+    """Watches each module that owns a perturbed tensor, under whatever name."""
+    hook = _CleanStateDict(optimizer)
+    weights = {id(t) for t in optimizer._weights()}
+    return [
+        module._register_state_dict_hook(hook)
+        for module in model.modules()
+        if any(id(t) in weights for t in (*module._parameters.values(), *module._buffers.values()))
+    ]
+
+
+def entrances(model: nn.Module, targets: set[int]) -> Iterator[nn.Module]:
+    """The model and the modules inside that users call by themselves (generation, an encoder).
+
+    The walk stops at containers: a single layer of a stack is called from within the model, or
+    by a recomputation in backward, and must not decide anything.
+    """
+    yield model
+    if isinstance(model, _CONTAINERS) or id(model) in targets:
+        return
+    for child in model.children():
+        inside = {id(module) for module in child.modules()}
+        if inside & targets and id(child) not in targets and not isinstance(child, _CONTAINERS):
+            yield from entrances(child, targets)

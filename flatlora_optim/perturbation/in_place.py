@@ -1,0 +1,222 @@
+"""Writing the noise into the weight: W += eps, later W -= eps, to the bit.
+
+All arithmetic is float32 from the same stream, rounded once to the weight's dtype. ``exact``
+journals the few elements that the subtraction would miss, ``snapshot`` keeps a copy of the
+weight, ``subtract`` (the paper's way) lets them drift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..noise import Noise, rounded_sum
+from ..targets import Target
+from ..weights import DenseWeight
+from .base import Perturbation
+from .journal import Journal
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PROBES = 64
+
+
+class WeightChangedError(RuntimeError):
+    """A frozen weight was written by somebody else while it carried noise."""
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor's bit patterns, so that NaNs and signed zeros compare as what they are."""
+    return tensor.view(_BITS[tensor.element_size()])
+
+
+class _InPlace(Perturbation):
+    """What the in-place modes share: the tensor written, and proof that only we wrote it."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target)
+        self._tensor: Tensor | None = None
+        self._seal: tuple[int, int, Tensor] | None = None
+
+    def written(self) -> Tensor | None:
+        return self._tensor
+
+    @staticmethod
+    def _local(tensor: Tensor) -> Tensor:
+        """The part of a sharded parameter that this process holds."""
+        tensor = tensor.detach()
+        local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+        return local
+
+    def _sealed(self, tensor: Tensor) -> tuple[int, int, Tensor]:
+        """Version, address and a few elements: a merge through ``.data`` changes only the last."""
+        local = self._local(tensor)
+        stride = max(1, local.numel() // _PROBES)
+        probes = local.reshape(-1)[::stride] if local.is_contiguous() else local[:, 0]
+        return tensor._version, local.data_ptr(), probes[:_PROBES].clone()
+
+    def changed(self) -> Callable[[], bool]:
+        if self._tensor is None or self._seal is None:
+            return lambda: False
+        assert isinstance(self.target.weight, DenseWeight)
+        version, address, probes = self._seal
+        if self.target.weight.tensor is not self._tensor or self.target.merged:
+            return lambda: True
+        version_now, address_now, probes_now = self._sealed(self._tensor)
+        if (version_now, address_now) != (version, address) or probes_now.dtype != probes.dtype:
+            return lambda: True
+        same = (bits(probes_now) == bits(probes)).all()
+        return lambda: not bool(same)
+
+    def seal(self) -> None:
+        if self._tensor is not None:
+            self._seal = self._sealed(self._tensor)
+
+    def abandon(self) -> None:
+        self._tensor = self._seal = None
+
+
+class Snapshot(_InPlace):
+    """Keeps a copy of the weight. Fastest, and costs the weight's size in memory."""
+
+    mode = "in place, snapshot"
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target)
+        self._copy: Tensor | None = None
+
+    @torch.no_grad()
+    def apply(self, noise: Noise) -> None:
+        assert isinstance(self.target.weight, DenseWeight)
+        tensor = self.target.weight.tensor
+        local = self._local(tensor)
+        if self._copy is None or self._copy.shape != local.shape or self._copy.dtype != local.dtype:
+            # Kept between steps: faulting in fresh pages costs more than the copy.
+            self._copy = torch.empty_like(local)
+        self._copy.copy_(local)
+        self._tensor = tensor
+        noise.add_to(local)
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        if self._tensor is None:
+            return
+        assert self._copy is not None
+        self._seal = None
+        self._local(self._tensor).copy_(self._copy)
+        self.abandon()
+
+    def clean_copy(self) -> Tensor | None:
+        return None if self._tensor is None or self._copy is None else self._copy.clone()
+
+    def nbytes(self) -> int:
+        return 0 if self._copy is None else self._copy.numel() * self._copy.element_size()
+
+
+class Subtract(_InPlace):
+    """Generates the noise again and subtracts it. No memory, but low bits drift."""
+
+    mode = "in place, subtract"
+    journals = False
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target)
+        self._noise: Noise | None = None
+        self._journal: dict[int, Journal] = {}
+        self._begin = self._end = 0
+        self._pending: tuple[int, int, Tensor, bool] | None = None
+
+    @torch.no_grad()
+    def apply(self, noise: Noise) -> None:
+        assert isinstance(self.target.weight, DenseWeight)
+        tensor = self.target.weight.tensor
+        local = self._local(tensor)
+        self._noise, self._begin, self._end = noise, 0, 0
+        self._tensor = tensor
+        for lo, hi, eps in noise.waves(0, local.shape[0]):
+            part = local[lo:hi]
+            eps = eps.view(part.shape)
+            perturbed = rounded_sum(part, eps)
+            if self.journals:
+                self._journal[lo] = _missed_by_subtraction(part, perturbed, eps)
+            self._write(part, lo, hi, perturbed, restoring=False)
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        if self._tensor is None or self._noise is None:
+            return
+        # From here on the weight differs from what was sealed because of us.
+        self._seal = None
+        local = self._local(self._tensor)
+        self._settle(local)
+        for lo, hi, eps in self._noise.waves(self._begin, self._end):
+            part = local[lo:hi]
+            self._write(part, lo, hi, self._restored(part, eps, lo), restoring=True)
+        self.abandon()
+
+    def abandon(self) -> None:
+        super().abandon()
+        self._journal = {}
+        self._noise = self._pending = None
+
+    @torch.no_grad()
+    def clean_copy(self) -> Tensor | None:
+        if self._tensor is None or self._noise is None:
+            return None
+        copy = self._local(self._tensor).clone()
+        for lo, hi, eps in self._noise.waves(self._begin, self._end):
+            copy[lo:hi].copy_(self._restored(copy[lo:hi], eps, lo))
+        return copy
+
+    def nbytes(self) -> int:
+        return sum(journal.nbytes for journal in self._journal.values())
+
+    def _restored(self, part: Tensor, eps: Tensor, lo: int) -> Tensor:
+        restored = rounded_sum(part, eps.view(part.shape).neg_())
+        if lo in self._journal:
+            self._journal[lo].write_back(restored.view(-1))
+        return restored
+
+    def _write(self, part: Tensor, lo: int, hi: int, values: Tensor, *, restoring: bool) -> None:
+        """Writes one wave such that an interruption at any point can be told apart later."""
+        self._pending = (lo, hi, values, restoring)
+        part.copy_(values)
+        self._advance(lo, hi, restoring)
+        self._pending = None
+
+    def _advance(self, lo: int, hi: int, restoring: bool) -> None:
+        if restoring:
+            self._begin = hi
+        else:
+            self._end = hi
+
+    def _settle(self, local: Tensor) -> None:
+        """Finds out whether an interrupted write took place."""
+        if self._pending is not None:
+            lo, hi, values, restoring = self._pending
+            if torch.equal(bits(local[lo:hi].contiguous()), bits(values)):
+                self._advance(lo, hi, restoring)
+            self._pending = None
+
+
+class Exact(Subtract):
+    """Subtract, plus a journal of the elements it misses: bit-identical in every dtype."""
+
+    mode = "in place, exact"
+    journals = True
+
+
+RESTORE_MODES: dict[str, type[_InPlace]] = {
+    "exact": Exact,
+    "snapshot": Snapshot,
+    "subtract": Subtract,
+}
+
+
+def _missed_by_subtraction(part: Tensor, perturbed: Tensor, eps: Tensor) -> Journal:
+    """Compares with the very operation that ``_restored`` will do: the negated noise added."""
+    back = rounded_sum(perturbed, eps.neg_())
+    original = part.contiguous().view(-1)
+    missed = bits(back).view(-1).bitwise_xor_(bits(original)).nonzero().view(-1)
+    return Journal(missed, original[missed], original.numel())

@@ -1,0 +1,259 @@
+"""Reading frozen weights, however they are stored.
+
+Row scales and virtual perturbation need a weight's values in float32, a few rows at a time.
+Quantized layers are recognized by the shape of their objects, so no quantizer is imported
+before a layer of its own has been seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .noise import Grid
+
+DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class FrozenWeight:
+    """A weight matrix of ``rows`` output neurons by ``columns`` inputs.
+
+    ``shape`` is the stored shape. With ``row_dim`` 1 the storage is transposed (GPT-2's
+    ``Conv1D``): dim 0 is the input.
+    """
+
+    kind = ""
+
+    def __init__(self, layer: nn.Module, row_dim: int = 0) -> None:
+        self.layer: Any = layer
+        self.row_dim = row_dim
+
+    @property
+    def shape(self) -> torch.Size:
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> int:
+        return self.shape[self.row_dim]
+
+    @property
+    def columns(self) -> int:
+        return self.shape.numel() // max(1, self.rows)
+
+    def grid(self, first_block: int = 0) -> Grid:
+        return Grid(self.shape[0], self.shape[1:].numel(), self.device.type, first_block)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """A new tensor with the weight's values. Shape ``shape``."""
+        raise NotImplementedError
+
+    def slices(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yields ``(lo, hi, values)`` along dim 0, ``values`` float32 ``(hi - lo, row_size)``."""
+        values = self.dense(torch.float32)
+        for lo, hi in self.grid().waves(0, self.shape[0]):
+            yield lo, hi, values[lo:hi].flatten(1)
+
+    def row_norms_squared(self) -> Tensor:
+        """``||W[i, :]||^2``, shape ``(rows,)``."""
+        total = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
+        for lo, hi, values in self.slices():
+            if self.row_dim == 0:
+                total[lo:hi] = values.square().sum(1)
+            else:
+                total += values.square().sum(0)
+        return total
+
+    def project(self, right: Tensor) -> Tensor:
+        """``W @ right.T`` for ``right`` of shape ``(r, columns)``: shape ``(rows, r)``."""
+        out = torch.zeros(self.rows, right.shape[0], dtype=torch.float32, device=self.device)
+        for lo, hi, values in self.slices():
+            if self.row_dim == 0:
+                torch.mm(values, right.T, out=out[lo:hi])
+            else:
+                out.addmm_(values.T, right[:, lo:hi].T)
+        return out
+
+    def row_dots(self, other: Tensor) -> Tensor:
+        """``<W[i, :], other[i, :]>`` for ``other`` of the stored shape: shape ``(rows,)``."""
+        total = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
+        for lo, hi, values in self.slices():
+            products = values * other[lo:hi].flatten(1)
+            if self.row_dim == 0:
+                total[lo:hi] = products.sum(1)
+            else:
+                total += products.sum(0)
+        return total
+
+    def identity(self) -> object:
+        """The object that layers with a tied weight have in common."""
+        return self.layer.weight
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Changes whenever the weight may have changed, so that cached norms can be dropped."""
+        tensor = self.layer.weight
+        return id(tensor), tensor.data_ptr(), tensor._version
+
+
+class DenseWeight(FrozenWeight):
+    """An ordinary floating-point parameter, which may be written in place."""
+
+    kind = "dense"
+
+    def __init__(self, layer: nn.Module, row_dim: int = 0, name: str = "weight") -> None:
+        super().__init__(layer, row_dim)
+        self.name = name
+
+    @property
+    def tensor(self) -> Tensor:
+        tensor: Tensor = getattr(self.layer, self.name)
+        return tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.tensor.detach().to(dtype, copy=True)
+
+    def slices(self) -> Iterator[tuple[int, int, Tensor]]:
+        tensor = self.tensor.detach()
+        for lo, hi in self.grid().waves(0, tensor.shape[0]):
+            yield lo, hi, tensor[lo:hi].float().flatten(1)
+
+    def identity(self) -> object:
+        return self.tensor
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        tensor = self.tensor
+        return id(tensor), tensor.data_ptr(), tensor._version
+
+
+class Bnb4bitWeight(FrozenWeight):
+    """bitsandbytes NF4 or FP4 (``Linear4bit``)."""
+
+    kind = "bnb-4bit"
+
+    def _quant_state(self) -> Any:
+        state = getattr(self.layer.weight, "quant_state", None)
+        return state if state is not None else self.layer.quant_state
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self._quant_state().shape)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.layer.weight.device
+        return device
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        packed = self.layer.weight.data
+        state = self._quant_state()
+        if getattr(state, "packing_format_for_cpu", False):
+            # An evaluation on a CPU with AVX512-BF16 repacks the weight for its own kernel.
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            packed, state = _convert_weight_packed_for_cpu_inverse(packed, state)
+        values: Tensor = dequantize_4bit(packed, state)
+        return values.to(dtype)
+
+
+class Bnb8bitWeight(FrozenWeight):
+    """bitsandbytes LLM.int8 (``Linear8bitLt``)."""
+
+    kind = "bnb-8bit"
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """Codes, shape (m, n), int8, and their row scales, shape (m,)."""
+        state, weight = self.layer.state, self.layer.weight
+        codes = next(c for c in (state.CB, getattr(weight, "CB", None), weight.data) if c is not None)
+        scales = next(s for s in (state.SCB, getattr(weight, "SCB", None)) if s is not None)
+        return codes, scales
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._parts()[0].shape
+
+    @property
+    def device(self) -> torch.device:
+        return self._parts()[0].device
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        codes, scales = self._parts()
+        values: Tensor = codes.to(dtype, copy=True)
+        # The very operations of MatMul8bitLt.backward, so that its gradient is met to the bit.
+        return values.mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
+
+
+class OpaqueWeight(FrozenWeight):
+    """Any other frozen linear layer: all that is known of it is a working forward.
+
+    ``W`` is read by sending rows of the identity matrix through the layer.
+    """
+
+    kind = "opaque"
+
+    def __init__(self, layer: nn.Module, shape: tuple[int, int], device: torch.device) -> None:
+        super().__init__(layer)
+        self._shape = torch.Size(shape)
+        self._device = device
+        self._dtype = _compute_dtype(layer)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._shape
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @torch.no_grad()
+    def _apply(self, x: Tensor) -> Tensor:
+        """``x @ W.T``, without the bias."""
+        forward = type(self.layer).forward
+        x = x.to(self._dtype)
+        output: Tensor = forward(self.layer, x) - forward(self.layer, torch.zeros_like(x[:1]))
+        return output.float()
+
+    def row_norms_squared(self) -> Tensor:
+        total = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
+        for lo in range(0, self.columns, 128):
+            basis = torch.zeros(min(128, self.columns - lo), self.columns, device=self.device)
+            basis.diagonal(lo).fill_(1.0)
+            total += self._apply(basis).square().sum(0)
+        return total
+
+    def project(self, right: Tensor) -> Tensor:
+        return self._apply(right).T
+
+    def row_dots(self, other: Tensor) -> Tensor:
+        raise NotImplementedError("row_dots needs a weight that can be dequantized")
+
+    def identity(self) -> object:
+        return self.layer
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        return (id(self.layer),)
+
+
+def _compute_dtype(layer: nn.Module) -> torch.dtype:
+    for holder in (layer, getattr(layer, "weight", None)):
+        for name in ("compute_dtype", "dtype"):
+            dtype = getattr(holder, name, None)
+            if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+                return dtype
+    bias = getattr(layer, "bias", None)
+    return bias.dtype if isinstance(bias, Tensor) else torch.get_default_dtype()
