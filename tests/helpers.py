@@ -1,0 +1,174 @@
+"""Tiny real models with real adapters, and ways to look at bits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from flatlora_optim import FlatLoRAOptimizer
+
+INT_VIEWS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class MLP(nn.Module):
+    """Two Linear layers and no dropout."""
+
+    def __init__(self, inputs: int = 6, hidden: int = 16, outputs: int = 5) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(inputs, hidden)
+        self.fc2 = nn.Linear(hidden, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(torch.tanh(self.fc1(x)))
+
+
+class ConvNet(nn.Module):
+    """A convolution, a grouped one and a Linear head, for images of (3, 6, 6)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.grouped(torch.tanh(self.conv(x))))
+        return self.head(x.mean((2, 3)))
+
+
+class TinyLM(nn.Module):
+    """Embedding, a Linear and an output layer, which may share its weight with the embedding."""
+
+    def __init__(self, tied: bool = False, vocabulary: int = 23, width: int = 8) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.mix = nn.Linear(width, width)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.lm_head(torch.tanh(self.mix(self.embed(tokens))))
+
+
+def with_lora(
+    model: nn.Module, targets: list[str], *, seed: int = 0, dtype: torch.dtype | None = None, **config: Any
+) -> nn.Module:
+    """Wraps ``model`` with PEFT LoRA whose B is not zero, so that W' differs from W."""
+    config = {"r": 2, "lora_alpha": 3, **config}
+    adapted = get_peft_model(model, LoraConfig(target_modules=targets, **config))
+    randomize_adapters(adapted, seed)
+    return adapted if dtype is None else adapted.to(dtype)
+
+
+def randomize_adapters(model: nn.Module, seed: int = 0, std: float = 0.1) -> None:
+    """Gives all adapter parameters values that depend on ``seed`` alone."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def lora_mlp(dtype: torch.dtype = torch.float32, *, seed: int = 0, **config: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    return with_lora(MLP(), ["fc1", "fc2"], seed=seed, dtype=dtype, **config)
+
+
+def lora_convnet(**config: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return with_lora(ConvNet(), ["conv", "grouped", "head"], r=4, **config)
+
+
+def lora_lm(tied: bool = False, targets: tuple[str, ...] = ("embed", "mix"), **config: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return with_lora(TinyLM(tied), list(targets), **config)
+
+
+def lora_gpt2(targets: tuple[str, ...] = ("c_attn", "c_proj"), **config: Any) -> nn.Module:
+    """A GPT-2 of one block, whose ``Conv1D`` stores its weights transposed; no dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 29, "n_positions": 16, "bos_token_id": 0}
+    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, eos_token_id=0))
+    return with_lora(model, list(targets), fan_in_fan_out=True, **config)
+
+
+def mlp_batch(seed: int = 0, dtype: torch.dtype = torch.float32, size: int = 4) -> tuple[Tensor, Tensor]:
+    """Inputs and targets for :func:`lora_mlp`."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 6, generator=generator).to(dtype)
+    return x, torch.randint(0, 5, (size,), generator=generator)
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    return F.cross_entropy(model(x).float(), y)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def flatlora(
+    model: nn.Module, *, lr: float = 0.1, base: type[torch.optim.Optimizer] = torch.optim.SGD, **options: Any
+) -> FlatLoRAOptimizer:
+    """The optimizer under test, with constant noise that is easy to see unless told otherwise."""
+    options = {"sigma": 0.1, "schedule": "constant", "seed": 1, **options}
+    return FlatLoRAOptimizer(base(trainable(model), lr=lr), model, **options)
+
+
+def int_view(tensor: Tensor) -> Tensor:
+    """The bit patterns of a floating-point tensor."""
+    return tensor.detach().view(INT_VIEWS[tensor.element_size()])
+
+
+def fingerprint(model: nn.Module) -> dict[str, Tensor]:
+    """The bits of every frozen parameter."""
+    return {n: int_view(p).clone() for n, p in model.named_parameters() if not p.requires_grad}
+
+
+def changed_weights(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    """The names of the frozen parameters whose bits are no longer those of ``before``."""
+    return {name for name, now in fingerprint(model).items() if not torch.equal(now, before[name])}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    different = [name for name in actual if not torch.equal(actual[name], expected[name])]
+    assert not different, f"not bit-identical: {different}"
+
+
+@contextmanager
+def untouched_rng() -> Iterator[None]:
+    """Fails if the block draws from any global generator."""
+    before = _rng_states()
+    yield
+    for name, state in _rng_states().items():
+        assert state == before[name], f"the global {name} generator was touched"
+
+
+def _rng_states() -> dict[str, Any]:
+    numpy_state = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": [part.tolist() if isinstance(part, np.ndarray) else part for part in numpy_state],
+        "random": random.getstate(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state().tolist()
+    return states
