@@ -92,14 +92,23 @@ def hook_forwards(optimizer: FlatLoRAOptimizer, model: nn.Module) -> list[Remova
 
 
 def hook_state_dicts(optimizer: FlatLoRAOptimizer, model: nn.Module) -> list[RemovableHandle]:
-    """Watches each module that owns a perturbed tensor, under whatever name."""
+    """Watches the model and each module that owns a perturbed tensor, under whatever name."""
     hook = _CleanStateDict(optimizer)
     weights = {id(t) for t in optimizer._weights()}
     return [
         module._register_state_dict_hook(hook)
         for module in model.modules()
-        if any(id(t) in weights for t in (*module._parameters.values(), *module._buffers.values()))
+        if module is model
+        or any(id(t) in weights for t in (*module._parameters.values(), *module._buffers.values()))
     ]
+
+
+def attached_optimizers(model: nn.Module) -> list[FlatLoRAOptimizer]:
+    """The optimizers that perturb modules of the model, each once."""
+    tables = ((m._forward_pre_hooks, m._state_dict_hooks) for m in model.modules())
+    hooks = (hook for both in tables for table in both for hook in table.values())
+    found = (hook._optimizer() for hook in hooks if isinstance(hook, _ModelHook))
+    return list({id(optimizer): optimizer for optimizer in found if optimizer is not None}.values())
 
 
 def entrances(model: nn.Module, targets: set[int]) -> Iterator[nn.Module]:

@@ -7,19 +7,19 @@ weight, and give the same numbers. The global generators are never touched.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-# On the CPU a wave of blocks stays in the last-level cache while it is generated, added and
-# journaled. An accelerator wants few, large kernels instead.
-_CPU_BLOCK, _CPU_BLOCKS_PER_WAVE = 1 << 16, 16
-_DEVICE_BLOCK, _DEVICE_BLOCKS_PER_WAVE = 1 << 22, 1
+from .parallel import for_each, scratch
+
+# Elements per block. On the CPU a block stays in a core's own cache while it is generated, added
+# and journaled; an accelerator wants few, large kernels instead.
+_CPU_BLOCK = 1 << 16
+_DEVICE_BLOCK = 1 << 22
 
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -60,51 +60,32 @@ class NoiseKey(NamedTuple):
 class NoiseSource(Protocol):
     """Where standard-normal numbers come from."""
 
-    def fill(self, blocks: Sequence[Tensor], key: NoiseKey, first_block: int) -> None:
-        """Overwrite ``blocks[i]`` (contiguous, float32) with the noise of block ``first_block + i``."""
+    def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
+        """The numbers of one block: the same for the same key and number, whoever asks.
+
+        Called from several threads at once.
+
+        Args:
+            out: Contiguous float32 memory of the block's shape.
+
+        Returns:
+            ``out`` filled, or a tensor of its shape that the caller will not write to.
+        """
         ...
 
 
 class GaussianNoise:
     """Independent Gaussian noise for every element and step (the paper's)."""
 
-    def fill(self, blocks: Sequence[Tensor], key: NoiseKey, first_block: int) -> None:
-        def fill_one(i: int) -> None:
-            generator = torch.Generator(device=blocks[i].device)
-            generator.manual_seed(key.block_seed(first_block + i))
-            blocks[i].normal_(generator=generator)
-
-        if len(blocks) > 1 and blocks[0].device.type == "cpu" and torch.get_num_threads() > 1:
-            # normal_ runs on one thread and releases the GIL.
-            list(_thread_pool().map(fill_one, range(len(blocks))))
-        else:
-            for i in range(len(blocks)):
-                fill_one(i)
-
-
-_POOL: ThreadPoolExecutor | None = None
-
-
-def _thread_pool() -> ThreadPoolExecutor:
-    global _POOL
-    if _POOL is None:
-        _POOL = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="flatlora-noise")
-    return _POOL
-
-
-def _forget_pool() -> None:
-    global _POOL
-    _POOL = None
-
-
-if hasattr(os, "register_at_fork"):
-    # Threads do not survive a fork; a child that inherited the executor would wait for ever.
-    os.register_at_fork(after_in_child=_forget_pool)
+    def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
+        generator = torch.Generator(device=out.device)
+        generator.manual_seed(key.block_seed(number))
+        return out.normal_(generator=generator)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How a weight's rows along dim 0 are cut into blocks and waves of blocks.
+    """How a weight is cut into blocks of whole rows along dim 0.
 
     Args:
         rows: Size of the whole (unsharded) weight along dim 0.
@@ -126,21 +107,18 @@ class Grid:
         return max(1, size // max(1, self.row_size))
 
     @property
-    def rows_per_wave(self) -> int:
-        per_wave = _CPU_BLOCKS_PER_WAVE if self.device_type == "cpu" else _DEVICE_BLOCKS_PER_WAVE
-        return self.rows_per_block * per_wave
-
-    @property
     def blocks(self) -> int:
         return -(-self.rows // self.rows_per_block)
 
-    def waves(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Cuts local rows ``[start, stop)`` at the wave boundaries of the whole weight."""
-        while start < stop:
-            wave = (start + self.first_row) // self.rows_per_wave
-            end = min(stop, (wave + 1) * self.rows_per_wave - self.first_row)
-            yield start, end
-            start = end
+    def spans(self, local_rows: int) -> list[tuple[int, int]]:
+        """Cuts local rows ``[0, local_rows)`` at the block boundaries of the whole weight."""
+        spans, lo = [], 0
+        while lo < local_rows:
+            block = (lo + self.first_row) // self.rows_per_block
+            hi = min(local_rows, (block + 1) * self.rows_per_block - self.first_row)
+            spans.append((lo, hi))
+            lo = hi
+        return spans
 
 
 class Noise:
@@ -166,53 +144,53 @@ class Noise:
         self.scales = scales
         self.row_dim = row_dim
 
-    def waves(self, start: int, stop: int) -> Iterator[tuple[int, int, Tensor]]:
-        """Yields ``(lo, hi, eps)`` over the local rows: ``eps`` is float32 ``(hi - lo, row_size)``.
+    def block(self, lo: int, hi: int) -> Tensor:
+        """``eps`` of one span of local rows: float32 ``(hi - lo, row_size)``, in scratch memory."""
+        grid, device = self.grid, self.scales.device
+        number, skip = divmod(lo + grid.first_row, grid.rows_per_block)
+        rows = min(grid.rows_per_block, grid.rows - number * grid.rows_per_block)
+        out = scratch("eps", (rows, grid.row_size), torch.float32, device)
+        z = self.source.block(self.key, grid.first_block + number, out)[skip : skip + hi - lo]
+        scales = self.scales[lo:hi, None] if self.row_dim == 0 else self.scales
+        return torch.mul(z, scales, out=out[: hi - lo])
 
-        ``eps`` is a buffer that the next iteration overwrites.
-        """
-        grid = self.grid
-        rows_per_block = grid.rows_per_block
-        buffer = torch.empty(
-            min(grid.rows_per_wave, _round_up(grid.rows, rows_per_block)),
-            grid.row_size,
-            dtype=torch.float32,
-            device=self.scales.device,
-        )
-        for lo, hi in grid.waves(start, stop):
-            first = (lo + grid.first_row) // rows_per_block
-            last = (hi - 1 + grid.first_row) // rows_per_block
-            blocks = buffer[: (last - first + 1) * rows_per_block].split(rows_per_block)
-            self.source.fill(blocks, self.key, grid.first_block + first)
-            skip = lo + grid.first_row - first * rows_per_block
-            eps = buffer[skip : skip + hi - lo]
-            if self.row_dim == 0:
-                eps.mul_(self.scales[lo:hi, None])
-            else:
-                eps.mul_(self.scales[None, :])
-            yield lo, hi, eps
+    def for_each_block(
+        self, visit: Callable[[int, int, Tensor], object], spans: list[tuple[int, int]]
+    ) -> None:
+        """Calls ``visit(lo, hi, eps)`` for each span; on the CPU from several threads."""
+
+        def work(span: tuple[int, int]) -> None:
+            visit(*span, self.block(*span))
+
+        if self.scales.device.type == "cpu":
+            for_each(work, spans)
+        else:
+            for span in spans:
+                work(span)
 
     @torch.no_grad()
     def add_to(self, weight: Tensor) -> Tensor:
         """Adds the noise in place, in float32, rounding once to the weight's dtype."""
-        for lo, hi, eps in self.waves(0, weight.shape[0]):
+
+        def add(lo: int, hi: int, eps: Tensor) -> None:
             part = weight[lo:hi]
-            part.copy_(rounded_sum(part, eps.view(part.shape)))
+            part.copy_(rounded_sum(part, eps))
+
+        self.for_each_block(add, self.grid.spans(weight.shape[0]))
         return weight
 
 
-def rounded_sum(weight: Tensor, eps: Tensor) -> Tensor:
-    """``weight + eps``, added in float32 or wider and rounded once: new, contiguous.
+def rounded_sum(weight: Tensor, eps: Tensor, alpha: int = 1) -> Tensor:
+    """``weight + alpha * eps``, added in float32 or wider and rounded once, in scratch memory.
 
     The sum of a finite float16 weight is kept finite: noise alone never overflows a layer.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    total = torch.empty(weight.shape, dtype=dtype, device=weight.device).copy_(weight).add_(eps)
+    total = scratch(f"sum {alpha}", weight.shape, dtype, weight.device).copy_(weight)
+    total.add_(eps.view(weight.shape), alpha=alpha)
     if weight.dtype == torch.float16:
         largest = torch.finfo(torch.float16).max
         total = torch.where(weight.isfinite(), total.clamp(-largest, largest), total)
-    return total.to(weight.dtype)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    if weight.dtype == dtype:
+        return total
+    return scratch(f"rounded {alpha}", weight.shape, weight.dtype, weight.device).copy_(total)

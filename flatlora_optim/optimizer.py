@@ -30,7 +30,14 @@ from torch.optim import Optimizer
 from . import checkpoint, hooks, schedules
 from .checkpoint import CUSTOM_SCHEDULE, KEYS, SCHEDULE, SEED, SIGMA, STEP, TOTAL_STEPS
 from .noise import GaussianNoise, Noise, NoiseKey, NoiseSource
-from .perturbation import RESTORE_MODES, Perturbation, VirtualPerturbation, WeightChangedError
+from .perturbation import (
+    RESTORE_MODES,
+    Perturbation,
+    VirtualPerturbation,
+    WeightChangedError,
+    choose_perturbation,
+    remove_all,
+)
 from .scales import RowNorms, row_scales
 from .schedules import Schedule
 from .targets import Target, UnsupportedAdapterError, find_targets
@@ -126,7 +133,7 @@ class FlatLoRAOptimizer(Optimizer):
         self._perturbations: list[Perturbation] = []
         for target in list(self.targets):
             try:
-                self._perturbations.append(_choose_perturbation(target, mode, restore))
+                self._perturbations.append(choose_perturbation(target, mode, restore))
             except UnsupportedAdapterError as reason:
                 if mode != "auto":
                     raise ValueError(f"{target.name}: {reason}") from None
@@ -180,6 +187,8 @@ class FlatLoRAOptimizer(Optimizer):
         Raises:
             RuntimeError: Called inside :meth:`clean`, or ``total_steps`` is still unknown.
         """
+        if self._suspended_by_forward:
+            self._resume()  # an interrupt kept the forward from ending
         if self._suspension is not None:
             raise RuntimeError("perturb() inside clean(): leave the `with optimizer.clean():` block first")
         if not self._is_perturbed:
@@ -240,7 +249,7 @@ class FlatLoRAOptimizer(Optimizer):
                         perturbation.seal()
                 self._is_perturbed = True
             except BaseException:
-                self._remove_all(self._perturbations)
+                remove_all(self._perturbations)
                 raise
 
     def _remove(self) -> None:
@@ -249,11 +258,11 @@ class FlatLoRAOptimizer(Optimizer):
             changed = [p for p, check in checks if check()]
             for perturbation in changed:
                 perturbation.abandon()
-            self._remove_all(self._perturbations)
+            rewritten = [n for p, n in zip(self._perturbations, self._norms, strict=True) if p.written() is not None]
+            remove_all(self._perturbations)
             self._is_perturbed = self._explicit = False
-            for perturbation, norms in zip(self._perturbations, self._norms, strict=True):
-                if perturbation not in changed:
-                    norms.rewritten()
+            for norms in rewritten:
+                norms.rewritten()
         if changed:
             names = ", ".join(p.target.name for p in changed[:3])
             raise WeightChangedError(
@@ -262,19 +271,6 @@ class FlatLoRAOptimizer(Optimizer):
                 "as it is, noise included: load it again, and change weights only after "
                 "`optimizer.restore()` or `optimizer.step()`"
             )
-
-    @staticmethod
-    def _remove_all(perturbations: list[Perturbation]) -> None:
-        """Removes every one, also when an exception (Ctrl-C, say) arrives in between."""
-        interruption: BaseException | None = None
-        for perturbation in perturbations:
-            try:
-                perturbation.remove()
-            except BaseException as error:
-                interruption = interruption or error
-                perturbation.remove()
-        if interruption is not None:
-            raise interruption
 
     def _suspend(self) -> None:
         guard = ExitStack()
@@ -312,7 +308,8 @@ class FlatLoRAOptimizer(Optimizer):
         return self._noises
 
     def _noise_of(self, target: Target, norms: RowNorms, sigma: float) -> Noise | None:
-        delta = target.delta() if sigma > 0 else None
+        # A merged layer trains nothing, and its weight is W' already.
+        delta = target.delta() if sigma > 0 and not target.merged else None
         if delta is None:
             return None
         weight = target.weight
@@ -478,10 +475,11 @@ class FlatLoRAOptimizer(Optimizer):
             state_dict, self.param_groups, custom_schedule=not isinstance(self._schedule, str)
         )
         self.restore()
-        before = {key: self.param_groups[0][key] for key in KEYS}
+        before = [{key: group[key] for key in KEYS} for group in self.param_groups]
         self.base.load_state_dict(state_dict)
-        self._defaults_for_groups = before
-        self._fill_groups()
+        for group, known in zip(self.param_groups, before, strict=True):
+            for key, value in known.items():
+                group.setdefault(key, value)
         saved = self.param_groups[0][SCHEDULE]
         if saved != CUSTOM_SCHEDULE:
             self._schedule = saved
@@ -620,16 +618,6 @@ def _why_not_optimized(target: Target, optimized: set[int]) -> str | None:
     return None
 
 
-def _choose_perturbation(target: Target, mode: str, restore: str) -> Perturbation:
-    if mode == "virtual" or (mode == "auto" and target.weight.kind != "dense"):
-        return VirtualPerturbation(target)
-    if target.weight.kind != "dense":
-        raise UnsupportedAdapterError(
-            f"its weight is {target.weight.kind} and can't be written in place; use mode='auto' or 'virtual'"
-        )
-    return RESTORE_MODES[restore](target)
-
-
 def _nothing_found(model: nn.Module, report: str) -> str:
     looked_for = (
         "Looked for PEFT layers (`base_layer` with `lora_A`/`lora_B` of an active adapter), "
@@ -644,4 +632,7 @@ def _finalize(perturbations: list[Perturbation], handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()
     for perturbation in perturbations:
-        perturbation.remove()
+        if perturbation.changed()():
+            perturbation.abandon()
+        else:
+            perturbation.remove()

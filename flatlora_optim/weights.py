@@ -57,7 +57,7 @@ class FrozenWeight:
     def slices(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yields ``(lo, hi, values)`` along dim 0, ``values`` float32 ``(hi - lo, row_size)``."""
         values = self.dense(torch.float32)
-        for lo, hi in self.grid().waves(0, self.shape[0]):
+        for lo, hi in self.grid().spans(self.shape[0]):
             yield lo, hi, values[lo:hi].flatten(1)
 
     def row_norms_squared(self) -> Tensor:
@@ -128,7 +128,7 @@ class DenseWeight(FrozenWeight):
 
     def slices(self) -> Iterator[tuple[int, int, Tensor]]:
         tensor = self.tensor.detach()
-        for lo, hi in self.grid().waves(0, tensor.shape[0]):
+        for lo, hi in self.grid().spans(tensor.shape[0]):
             yield lo, hi, tensor[lo:hi].float().flatten(1)
 
     def identity(self) -> object:

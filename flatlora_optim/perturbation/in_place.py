@@ -61,6 +61,7 @@ class _InPlace(Perturbation):
             return lambda: False
         assert isinstance(self.target.weight, DenseWeight)
         version, address, probes = self._seal
+        # A merge of a B that is still zero changes no element, but means to.
         if self.target.weight.tensor is not self._tensor or self.target.merged:
             return lambda: True
         version_now, address_now, probes_now = self._sealed(self._tensor)
@@ -123,24 +124,25 @@ class Subtract(_InPlace):
     def __init__(self, target: Target) -> None:
         super().__init__(target)
         self._noise: Noise | None = None
-        self._journal: dict[int, Journal] = {}
-        self._begin = self._end = 0
-        self._pending: tuple[int, int, Tensor, bool] | None = None
+        self._perturbed: dict[int, int] = {}
+        """First and last row of each block that carries noise right now."""
+        self._journals: dict[int, Journal] = {}
 
     @torch.no_grad()
     def apply(self, noise: Noise) -> None:
         assert isinstance(self.target.weight, DenseWeight)
         tensor = self.target.weight.tensor
         local = self._local(tensor)
-        self._noise, self._begin, self._end = noise, 0, 0
-        self._tensor = tensor
-        for lo, hi, eps in noise.waves(0, local.shape[0]):
+        self._noise, self._tensor = noise, tensor
+
+        def add(lo: int, hi: int, eps: Tensor) -> None:
             part = local[lo:hi]
-            eps = eps.view(part.shape)
             perturbed = rounded_sum(part, eps)
             if self.journals:
-                self._journal[lo] = _missed_by_subtraction(part, perturbed, eps)
-            self._write(part, lo, hi, perturbed, restoring=False)
+                self._journals[lo] = _missed_by_subtraction(part, perturbed, eps)
+            _write(part, perturbed, lambda: self._perturbed.__setitem__(lo, hi))
+
+        noise.for_each_block(add, noise.grid.spans(local.shape[0]))
 
     @torch.no_grad()
     def remove(self) -> None:
@@ -149,55 +151,39 @@ class Subtract(_InPlace):
         # From here on the weight differs from what was sealed because of us.
         self._seal = None
         local = self._local(self._tensor)
-        self._settle(local)
-        for lo, hi, eps in self._noise.waves(self._begin, self._end):
+
+        def subtract(lo: int, hi: int, eps: Tensor) -> None:
             part = local[lo:hi]
-            self._write(part, lo, hi, self._restored(part, eps, lo), restoring=True)
+            _write(part, self._restored(part, eps, lo), lambda: self._perturbed.pop(lo))
+
+        self._noise.for_each_block(subtract, list(self._perturbed.items()))
         self.abandon()
 
     def abandon(self) -> None:
         super().abandon()
-        self._journal = {}
-        self._noise = self._pending = None
+        self._noise = None
+        self._perturbed, self._journals = {}, {}
 
     @torch.no_grad()
     def clean_copy(self) -> Tensor | None:
         if self._tensor is None or self._noise is None:
             return None
         copy = self._local(self._tensor).clone()
-        for lo, hi, eps in self._noise.waves(self._begin, self._end):
+
+        def subtract(lo: int, hi: int, eps: Tensor) -> None:
             copy[lo:hi].copy_(self._restored(copy[lo:hi], eps, lo))
+
+        self._noise.for_each_block(subtract, list(self._perturbed.items()))
         return copy
 
     def nbytes(self) -> int:
-        return sum(journal.nbytes for journal in self._journal.values())
+        return sum(journal.nbytes for journal in self._journals.values())
 
     def _restored(self, part: Tensor, eps: Tensor, lo: int) -> Tensor:
-        restored = rounded_sum(part, eps.view(part.shape).neg_())
-        if lo in self._journal:
-            self._journal[lo].write_back(restored.view(-1))
+        restored = rounded_sum(part, eps, alpha=-1)
+        if lo in self._journals:
+            self._journals[lo].write_back(restored.view(-1))
         return restored
-
-    def _write(self, part: Tensor, lo: int, hi: int, values: Tensor, *, restoring: bool) -> None:
-        """Writes one wave such that an interruption at any point can be told apart later."""
-        self._pending = (lo, hi, values, restoring)
-        part.copy_(values)
-        self._advance(lo, hi, restoring)
-        self._pending = None
-
-    def _advance(self, lo: int, hi: int, restoring: bool) -> None:
-        if restoring:
-            self._begin = hi
-        else:
-            self._end = hi
-
-    def _settle(self, local: Tensor) -> None:
-        """Finds out whether an interrupted write took place."""
-        if self._pending is not None:
-            lo, hi, values, restoring = self._pending
-            if torch.equal(bits(local[lo:hi].contiguous()), bits(values)):
-                self._advance(lo, hi, restoring)
-            self._pending = None
 
 
 class Exact(Subtract):
@@ -214,9 +200,20 @@ RESTORE_MODES: dict[str, type[_InPlace]] = {
 }
 
 
+def _write(part: Tensor, values: Tensor, note: Callable[[], object]) -> None:
+    """Writes a block and takes note of it; an exception in between leaves the two in agreement."""
+    try:
+        part.copy_(values)
+        note()
+    except BaseException:
+        if torch.equal(bits(part.contiguous()), bits(values)):
+            note()
+        raise
+
+
 def _missed_by_subtraction(part: Tensor, perturbed: Tensor, eps: Tensor) -> Journal:
-    """Compares with the very operation that ``_restored`` will do: the negated noise added."""
-    back = rounded_sum(perturbed, eps.neg_())
+    """Compares with the very operation that will restore the block."""
+    back = rounded_sum(perturbed, eps, alpha=-1)
     original = part.contiguous().view(-1)
     missed = bits(back).view(-1).bitwise_xor_(bits(original)).nonzero().view(-1)
     return Journal(missed, original[missed], original.numel())

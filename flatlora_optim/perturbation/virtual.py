@@ -133,16 +133,16 @@ class _NoiseOnly(torch.autograd.Function):
         rows = len(noise.scales)
         x = x.to(dtype)
         out = x.new_empty(*x.shape[:-1], rows)
-        for lo, hi, eps in noise.waves(0, rows):
-            out[..., lo:hi] = x @ eps.to(dtype).T
+        for lo, hi in noise.grid.spans(rows):
+            out[..., lo:hi] = x @ noise.block(lo, hi).to(dtype).T
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         total: Tensor | None = None
-        for lo, hi, eps in ctx.noise.waves(0, len(ctx.noise.scales)):
-            term = grad[..., lo:hi] @ eps.to(grad.dtype)
+        for lo, hi in ctx.noise.grid.spans(len(ctx.noise.scales)):
+            term = grad[..., lo:hi] @ ctx.noise.block(lo, hi).to(grad.dtype)
             total = term if total is None else total.add_(term)
         assert total is not None
         return total.to(ctx.x_dtype), None, None

@@ -1,0 +1,1 @@
+"""Small helpers for single frameworks. Each module imports its framework; the core imports none."""
