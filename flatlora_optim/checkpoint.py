@@ -7,7 +7,10 @@ optimizer's ``param_groups`` carries them too.
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
+
+from torch import Tensor
 
 from . import schedules
 
@@ -18,23 +21,27 @@ SCHEDULE = "flatlora_schedule"
 SIGMA = "sigma"
 KEYS = (SIGMA, STEP, SEED, TOTAL_STEPS, SCHEDULE)
 
+_SHAPED_LIKE_THE_PARAMETER = ("exp_avg", "momentum_buffer", "square_avg", "sum", "state1")
+"""What most optimizers keep for each element. No optimizer checks it by itself."""
+
 CUSTOM_SCHEDULE = "custom"
 """Stands for a callable, which no checkpoint can carry."""
 
 
 def check_sigma(value: object) -> float:
     """Raises ValueError or TypeError unless ``value`` is a finite number >= 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"sigma must be a number, got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
+    sigma = float(value)
+    if not (math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"sigma must be finite and >= 0 (0.05 is usual for LLMs), got {value!r}")
-    return float(value)
+    return sigma
 
 
 def check_seed(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"seed must be an int, got {value!r}")
-    return value
+    return int(value)
 
 
 def check_step(value: object) -> int:
@@ -46,11 +53,11 @@ def check_step(value: object) -> int:
 def check_total_steps(value: object) -> int | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"total_steps must be a number of optimizer steps, got {value!r}")
     if value < 1:
         raise ValueError(f"total_steps must be at least 1, got {value}")
-    return value
+    return int(value)
 
 
 def check_schedule(value: object) -> None:
@@ -80,7 +87,7 @@ def check_state_dict(
     saved = state_dict["param_groups"]
     if len(saved) != len(groups):
         raise ValueError(f"the checkpoint has {len(saved)} param groups, the optimizer has {len(groups)}")
-    parameters: set[object] = set()
+    parameters: dict[object, Tensor] = {}
     for i, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
         if not isinstance(theirs, dict) or not isinstance(theirs.get("params"), (list, tuple)):
             raise ValueError(f"param group {i} of the checkpoint is malformed")
@@ -89,12 +96,26 @@ def check_state_dict(
                 f"param group {i} of the checkpoint has {len(theirs['params'])} parameters, "
                 f"the optimizer's has {len(ours['params'])}: was another adapter trained?"
             )
-        parameters.update(theirs["params"])
+        parameters.update(zip(theirs["params"], ours["params"], strict=True))
         _check_group(theirs, custom_schedule)
     unknown = [key for key in state_dict["state"] if key not in parameters]
     if unknown:
         raise ValueError(f"the checkpoint has state for parameters in no group: {unknown[:3]}")
+    for name, parameter in parameters.items():
+        _check_shapes(state_dict["state"].get(name, {}), parameter)
     return state_dict
+
+
+def _check_shapes(state: object, parameter: Tensor) -> None:
+    if not isinstance(state, dict):
+        raise ValueError(f"the checkpoint's state of a parameter must be a dict, got {type(state).__name__}")
+    for name in _SHAPED_LIKE_THE_PARAMETER:
+        saved = state.get(name)
+        if isinstance(saved, Tensor) and saved.shape != parameter.shape:
+            raise ValueError(
+                f"the checkpoint's {name!r} has shape {tuple(saved.shape)}, its parameter has "
+                f"{tuple(parameter.shape)}: build the adapters with the rank they had then"
+            )
 
 
 def _check_group(group: dict[str, Any], custom_schedule: bool) -> None:

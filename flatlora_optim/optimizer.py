@@ -44,6 +44,17 @@ from .targets import Target, UnsupportedAdapterError, find_targets
 
 Closure = Callable[[], Any]
 
+_OPTIMIZER_MEMBERS = (
+    "param_groups",
+    "state",
+    "defaults",
+    "step",
+    "zero_grad",
+    "add_param_group",
+    "state_dict",
+    "load_state_dict",
+)
+
 NOISE_SOURCES: dict[str, Callable[[], NoiseSource]] = {"gaussian": GaussianNoise}
 
 
@@ -155,6 +166,7 @@ class FlatLoRAOptimizer(Optimizer):
         self._is_perturbed = False
         self._explicit = False
         self._suspension: ExitStack | None = None
+        self._clean_versions: list[int] = []
         self._suspended_by_forward = False
         self._running: list[nn.Module] = []
         self._noise_was_on = False
@@ -258,9 +270,13 @@ class FlatLoRAOptimizer(Optimizer):
             changed = [p for p, check in checks if check()]
             for perturbation in changed:
                 perturbation.abandon()
-            rewritten = [n for p, n in zip(self._perturbations, self._norms, strict=True) if p.written() is not None]
-            remove_all(self._perturbations)
-            self._is_perturbed = self._explicit = False
+            rewritten = [
+                n for p, n in zip(self._perturbations, self._norms, strict=True) if p.written() is not None
+            ]
+            try:
+                remove_all(self._perturbations)
+            finally:
+                self._is_perturbed = self._explicit = False
             for norms in rewritten:
                 norms.rewritten()
         if changed:
@@ -281,6 +297,7 @@ class FlatLoRAOptimizer(Optimizer):
         explicit = self._explicit
         self._remove()
         self._is_perturbed, self._explicit, self._suspension = True, explicit, guard
+        self._clean_versions = self._versions()
 
     def _resume(self) -> None:
         guard, self._suspension = self._suspension, None
@@ -289,9 +306,14 @@ class FlatLoRAOptimizer(Optimizer):
             return  # restored in the meantime
         self._is_perturbed = False
         explicit = self._explicit
+        untouched = self._versions() == self._clean_versions
         self._apply()
         self._explicit = explicit
-        guard.close()
+        if untouched:
+            guard.close()
+        else:
+            # New weights were loaded meanwhile: backward passes through the old ones must fail.
+            guard.pop_all()
         for perturbation in self._perturbations:
             perturbation.seal()
 
@@ -578,6 +600,9 @@ class FlatLoRAOptimizer(Optimizer):
             if not isinstance(perturbation, VirtualPerturbation):
                 yield target.weight.tensor  # type: ignore[attr-defined]
 
+    def _versions(self) -> list[int]:
+        return [tensor._version for tensor in self._weights()]
+
     def _clean_copy(self, tensor: Tensor) -> Tensor | None:
         for perturbation in self._perturbations:
             if perturbation.written() is tensor:
@@ -596,9 +621,7 @@ class FlatLoRAOptimizer(Optimizer):
 def _check_base(base: object) -> None:
     if isinstance(base, FlatLoRAOptimizer):
         raise TypeError("base is a FlatLoRAOptimizer already; wrap the optimizer inside it instead")
-    if not (
-        isinstance(base, Optimizer) or all(hasattr(base, n) for n in ("param_groups", "step", "state_dict"))
-    ):
+    if not (isinstance(base, Optimizer) or all(hasattr(base, n) for n in _OPTIMIZER_MEMBERS)):
         raise TypeError(
             f"base must be an optimizer such as torch.optim.AdamW(...), got {type(base).__name__}"
         )
