@@ -8,7 +8,7 @@ weight, and give the same numbers. The global generators are never touched.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -92,7 +92,8 @@ class Grid:
         row_size: Elements in one such row.
         device_type: Blocks are larger on accelerators.
         first_block: Number of the weight's first block among all blocks of the model.
-        first_row: Where the local shard starts in the whole weight.
+        first_row: Where the local part of a sharded weight starts in the whole one.
+        columns: Which elements of each row the local part holds.
     """
 
     rows: int
@@ -100,6 +101,7 @@ class Grid:
     device_type: str
     first_block: int = 0
     first_row: int = 0
+    columns: slice = field(default_factory=lambda: slice(None))
 
     @property
     def rows_per_block(self) -> int:
@@ -131,7 +133,7 @@ class Noise:
         source: Generates ``z``.
         key: Seed, step and replica.
         grid: How the weight is cut into blocks.
-        scales: Shape ``(m,)``, float32, on the weight's device.
+        scales: Shape ``(m,)`` also if the weight is sharded, float32, on the weight's device.
         row_dim: The weight's dim that ``scales`` runs along: 0, or 1 for transposed storage.
     """
 
@@ -145,14 +147,18 @@ class Noise:
         self.row_dim = row_dim
 
     def block(self, lo: int, hi: int) -> Tensor:
-        """``eps`` of one span of local rows: float32 ``(hi - lo, row_size)``, in scratch memory."""
+        """``eps`` of one span of local rows, 2-D float32, in scratch memory."""
         grid, device = self.grid, self.scales.device
         number, skip = divmod(lo + grid.first_row, grid.rows_per_block)
         rows = min(grid.rows_per_block, grid.rows - number * grid.rows_per_block)
         out = scratch("eps", (rows, grid.row_size), torch.float32, device)
-        z = self.source.block(self.key, grid.first_block + number, out)[skip : skip + hi - lo]
-        scales = self.scales[lo:hi, None] if self.row_dim == 0 else self.scales
-        return torch.mul(z, scales, out=out[: hi - lo])
+        z = self.source.block(self.key, grid.first_block + number, out)
+        ours = slice(skip, skip + hi - lo), grid.columns
+        if self.row_dim == 0:
+            scales = self.scales[grid.first_row + lo : grid.first_row + hi, None]
+        else:
+            scales = self.scales[grid.columns]
+        return torch.mul(z[ours], scales, out=out[ours])
 
     def for_each_block(
         self, visit: Callable[[int, int, Tensor], object], spans: list[tuple[int, int]]

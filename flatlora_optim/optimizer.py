@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
-from . import checkpoint, hooks, schedules
+from . import checkpoint, hooks, schedules, sharding
 from .checkpoint import CUSTOM_SCHEDULE, KEYS, SCHEDULE, SEED, SIGMA, STEP, TOTAL_STEPS
 from .noise import GaussianNoise, Noise, NoiseKey, NoiseSource
 from .perturbation import (
@@ -40,6 +40,7 @@ from .perturbation import (
 )
 from .scales import RowNorms, row_scales
 from .schedules import Schedule
+from .table import NoiseTable
 from .targets import Target, UnsupportedAdapterError, find_targets
 
 Closure = Callable[[], Any]
@@ -55,7 +56,8 @@ _OPTIMIZER_MEMBERS = (
     "load_state_dict",
 )
 
-NOISE_SOURCES: dict[str, Callable[[], NoiseSource]] = {"gaussian": GaussianNoise}
+NOISE_SOURCES: dict[str, Callable[[], NoiseSource]] = {"gaussian": GaussianNoise, "table": NoiseTable}
+"""A new source of noise is one class and one entry here."""
 
 
 class FlatLoRAOptimizer(Optimizer):
@@ -84,9 +86,11 @@ class FlatLoRAOptimizer(Optimizer):
             forward of the frozen layer, ``"auto"`` does the first where it can.
         restore: How in-place noise is taken away: ``"exact"`` (seed and journal),
             ``"snapshot"`` (a copy of the weights), ``"subtract"`` (the paper's; low bits drift).
-        noise: ``"gaussian"``, or any :class:`NoiseSource`.
-        rank_noise: In data-parallel training, ``"independent"`` noise on each rank averages the
-            expectation better; ``"shared"`` gives all ranks the same.
+        noise: ``"gaussian"`` (independent numbers), ``"table"`` (read from a :class:`NoiseTable`,
+            several times faster on a CPU), or any :class:`NoiseSource`.
+        rank_noise: In data-parallel training, ``"independent"`` noise on each copy of the model
+            averages the expectation better; ``"shared"`` gives all of them the same. Ranks that
+            hold parts of one copy (FSDP2, tensor parallelism) always agree.
 
     Raises:
         TypeError: ``base`` is no optimizer, ``model`` no module, or a number is of another type.
@@ -155,6 +159,7 @@ class FlatLoRAOptimizer(Optimizer):
 
         # Nothing has been changed up to here, and nothing below fails.
         self.base = base
+        self._model = model
         self.skipped = found.skipped
         """Adapter layers that are not perturbed, and why."""
         self._defaults_for_groups = initial
@@ -251,6 +256,7 @@ class FlatLoRAOptimizer(Optimizer):
             self._resume()
 
     def _apply(self) -> None:
+        self._reshard()
         noises = self._draw()
         with self._timed():
             try:
@@ -265,6 +271,7 @@ class FlatLoRAOptimizer(Optimizer):
                 raise
 
     def _remove(self) -> None:
+        self._reshard()
         with self._timed():
             checks = [(p, p.changed()) for p in self._perturbations]
             changed = [p for p, check in checks if check()]
@@ -275,6 +282,10 @@ class FlatLoRAOptimizer(Optimizer):
             ]
             try:
                 remove_all(self._perturbations)
+            except BaseException:
+                # An interrupt, perhaps before any was removed. Removing twice does no harm.
+                remove_all(self._perturbations)
+                raise
             finally:
                 self._is_perturbed = self._explicit = False
             for norms in rewritten:
@@ -306,6 +317,7 @@ class FlatLoRAOptimizer(Optimizer):
             return  # restored in the meantime
         self._is_perturbed = False
         explicit = self._explicit
+        self._reshard()
         untouched = self._versions() == self._clean_versions
         self._apply()
         self._explicit = explicit
@@ -323,20 +335,23 @@ class FlatLoRAOptimizer(Optimizer):
             factor = schedules.factor(self._schedule, self.step_count, self.total_steps)
             sigmas = self._sigmas()
             with self._timed():
+                replica = sharding.replica(self._model)
+                key = NoiseKey(
+                    self.seed, self.step_count, replica if self._rank_noise == "independent" else 0
+                )
                 self._noises = [
-                    self._noise_of(target, norms, sigma * factor)
+                    self._noise_of(target, norms, sigma * factor, key)
                     for target, norms, sigma in zip(self.targets, self._norms, sigmas, strict=True)
                 ]
         return self._noises
 
-    def _noise_of(self, target: Target, norms: RowNorms, sigma: float) -> Noise | None:
+    def _noise_of(self, target: Target, norms: RowNorms, sigma: float, key: NoiseKey) -> Noise | None:
         # A merged layer trains nothing, and its weight is W' already.
         delta = target.delta() if sigma > 0 and not target.merged else None
         if delta is None:
             return None
         weight = target.weight
         scales = row_scales(norms.merged(delta), sigma, weight.columns)
-        key = NoiseKey(self.seed, self.step_count, self._replica())
         return Noise(self._source, key, weight.grid(target.first_block), scales, weight.row_dim)
 
     def _sigmas(self) -> list[float]:
@@ -352,11 +367,14 @@ class FlatLoRAOptimizer(Optimizer):
             sigmas.append(checkpoint.check_sigma(values.pop() if values else 0.0))
         return sigmas
 
-    def _replica(self) -> int:
-        distributed = torch.distributed
-        if self._rank_noise == "shared" or not distributed.is_available() or not distributed.is_initialized():
-            return 0
-        return distributed.get_rank()
+    def _reshard(self) -> None:
+        """Gives FSDP2 modules their shards back: noise goes there, and is gathered from there.
+
+        FSDP2 keeps the gathered weights of the root module after a forward; they would not see
+        what is written to the shards.
+        """
+        for module in sharding.fsdp_modules(self._model):
+            module.reshard()
 
     # ------------------------------------------------------------------ the automatic style
 

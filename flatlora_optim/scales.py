@@ -32,7 +32,7 @@ class RowNorms:
 
     @torch.no_grad()
     def base_squared(self) -> Tensor:
-        """``||W[i]||^2``, shape ``(m,)``."""
+        """``||W[i]||^2``, shape ``(m,)``; of a sharded weight, what the local part adds to it."""
         fingerprint = self.target.weight.fingerprint()
         if self._base is None or self._of != fingerprint:
             self._base = self.target.weight.row_norms_squared()
@@ -51,11 +51,13 @@ class RowNorms:
         base = self.base_squared()
         if isinstance(delta, LowRank):
             left, right = delta
-            squared = base + ((2 * weight.project(right) + left @ (right @ right.T)) * left).sum(1)
+            parts = base + 2 * (weight.project(right) * left).sum(1)
+            products = ((left @ (right @ right.T)) * left).sum(1)
         else:
             values = delta.flatten(1)
-            norms = values.square().sum(1 if weight.row_dim == 0 else 0)
-            squared = base + 2 * weight.row_dots(delta) + norms
+            parts = base + 2 * weight.row_dots(delta)
+            products = values.square().sum(1 if weight.row_dim == 0 else 0)
+        squared = weight.sum_over_parts(parts) + products
         # Rounding can leave a vanishing row slightly below zero.
         return squared.clamp_(min=0).sqrt_()
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .sharding import check_engine, is_sharded, local_part, whole
 from .weights import (
     DENSE_DTYPES,
     Bnb4bitWeight,
@@ -321,8 +322,10 @@ def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lamb
         accept: Returns why a target is not wanted, or None to take it.
 
     Raises:
-        ValueError: A base weight is trainable or on the meta device, or a registration is wrong.
+        ValueError: A base weight is trainable or on the meta device, a registration is wrong, or
+            the model is in the hands of an engine that hides its weights (FSDP1, ZeRO-3).
     """
+    check_engine(model)
     found = Discovery()
     by_weight: dict[int, Target] = {}
     for name, module in model.named_modules():
@@ -392,7 +395,9 @@ def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int) -> FrozenWeigh
         return Bnb4bitWeight(owner)
     if type(weight).__name__ == "Int8Params" and hasattr(owner, "state"):
         return Bnb8bitWeight(owner)
-    if _is_plain(weight):
+    if is_sharded(weight) and not _is_plain(local_part(weight)):
+        raise UnsupportedAdapterError("its weight is both quantized and sharded")
+    if is_sharded(weight) or _is_plain(weight):
         return DenseWeight(owner, row_dim)
     rows = getattr(layer, "out_features", None) or getattr(owner, "out_features", None)
     columns = getattr(layer, "in_features", None) or getattr(owner, "in_features", None)
@@ -445,18 +450,15 @@ def _sum_of_deltas(target: Target, adapters: Iterable[str]) -> Tensor | None:
     """The dense products that PEFT itself makes, in the weight's stored shape."""
     total: Tensor | None = None
     for adapter in adapters:
-        term: Tensor = target.layer.get_delta_weight(adapter)
-        term = term.detach().to(target.weight.device, torch.float32).reshape(target.weight.shape)
+        term = whole(target.layer.get_delta_weight(adapter))
+        term = term.to(target.weight.device, torch.float32).reshape(target.weight.shape)
         total = term if total is None else total + term
     return total
 
 
 def _values(part: nn.Module | Tensor, device: torch.device) -> Tensor:
     tensor: Tensor = part if isinstance(part, Tensor) else part.weight  # type: ignore[assignment]
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor.to(device, torch.float32)
+    return whole(tensor).to(device, torch.float32)
 
 
 def _find(module: nn.Module, path: str) -> Any:

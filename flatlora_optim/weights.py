@@ -8,12 +8,14 @@ before a layer of its own has been seen.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .noise import Grid
+from .sharding import local_part, region, sum_over_parts
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -55,41 +57,52 @@ class FrozenWeight:
         raise NotImplementedError
 
     def slices(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Yields ``(lo, hi, values)`` along dim 0, ``values`` float32 ``(hi - lo, row_size)``."""
+        """Yields ``(lo, hi, values)``: float32 rows ``[lo, hi)`` along dim 0 of the whole weight.
+
+        Of a sharded weight, only what this process holds: then ``values`` has the elements
+        ``grid().columns`` of these rows.
+        """
         values = self.dense(torch.float32)
         for lo, hi in self.grid().spans(self.shape[0]):
             yield lo, hi, values[lo:hi].flatten(1)
 
     def row_norms_squared(self) -> Tensor:
-        """``||W[i, :]||^2``, shape ``(rows,)``."""
+        """``||W[i, :]||^2``, shape ``(rows,)``; here and below, of the local part alone."""
+        columns = self.grid().columns
         total = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
         for lo, hi, values in self.slices():
             if self.row_dim == 0:
                 total[lo:hi] = values.square().sum(1)
             else:
-                total += values.square().sum(0)
+                total[columns] += values.square().sum(0)
         return total
 
     def project(self, right: Tensor) -> Tensor:
         """``W @ right.T`` for ``right`` of shape ``(r, columns)``: shape ``(rows, r)``."""
+        columns = self.grid().columns
         out = torch.zeros(self.rows, right.shape[0], dtype=torch.float32, device=self.device)
         for lo, hi, values in self.slices():
             if self.row_dim == 0:
-                torch.mm(values, right.T, out=out[lo:hi])
+                torch.mm(values, right[:, columns].T, out=out[lo:hi])
             else:
-                out.addmm_(values.T, right[:, lo:hi].T)
+                out[columns].addmm_(values.T, right[:, lo:hi].T)
         return out
 
     def row_dots(self, other: Tensor) -> Tensor:
         """``<W[i, :], other[i, :]>`` for ``other`` of the stored shape: shape ``(rows,)``."""
+        columns = self.grid().columns
         total = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
         for lo, hi, values in self.slices():
-            products = values * other[lo:hi].flatten(1)
+            products = values * other[lo:hi].flatten(1)[:, columns]
             if self.row_dim == 0:
                 total[lo:hi] = products.sum(1)
             else:
-                total += products.sum(0)
+                total[columns] += products.sum(0)
         return total
+
+    def sum_over_parts(self, partial: Tensor) -> Tensor:
+        """What the parts of a sharded weight add up to. Called by all processes in the same order."""
+        return partial
 
     def identity(self) -> object:
         """The object that layers with a tied weight have in common."""
@@ -127,16 +140,23 @@ class DenseWeight(FrozenWeight):
         return self.tensor.detach().to(dtype, copy=True)
 
     def slices(self) -> Iterator[tuple[int, int, Tensor]]:
-        tensor = self.tensor.detach()
-        for lo, hi in self.grid().spans(tensor.shape[0]):
-            yield lo, hi, tensor[lo:hi].float().flatten(1)
+        local, grid = local_part(self.tensor), self.grid()
+        for lo, hi in grid.spans(local.shape[0]):
+            yield grid.first_row + lo, grid.first_row + hi, local[lo:hi].float().flatten(1)
+
+    def grid(self, first_block: int = 0) -> Grid:
+        first_row, columns = region(self.tensor)
+        return replace(super().grid(first_block), first_row=first_row, columns=columns)
+
+    def sum_over_parts(self, partial: Tensor) -> Tensor:
+        return sum_over_parts(partial, self.tensor)
 
     def identity(self) -> object:
         return self.tensor
 
     def fingerprint(self) -> tuple[Any, ...]:
         tensor = self.tensor
-        return id(tensor), tensor.data_ptr(), tensor._version
+        return id(tensor), local_part(tensor).data_ptr(), tensor._version
 
 
 class Bnb4bitWeight(FrozenWeight):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..noise import Noise, rounded_sum
+from ..sharding import like, local_part
 from ..targets import Target
 from ..weights import DenseWeight
 from .base import Perturbation
@@ -42,16 +43,9 @@ class _InPlace(Perturbation):
     def written(self) -> Tensor | None:
         return self._tensor
 
-    @staticmethod
-    def _local(tensor: Tensor) -> Tensor:
-        """The part of a sharded parameter that this process holds."""
-        tensor = tensor.detach()
-        local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
-        return local
-
     def _sealed(self, tensor: Tensor) -> tuple[int, int, Tensor]:
         """Version, address and a few elements: a merge through ``.data`` changes only the last."""
-        local = self._local(tensor)
+        local = local_part(tensor)
         stride = max(1, local.numel() // _PROBES)
         probes = local.reshape(-1)[::stride] if local.is_contiguous() else local[:, 0]
         return tensor._version, local.data_ptr(), probes[:_PROBES].clone()
@@ -91,7 +85,7 @@ class Snapshot(_InPlace):
     def apply(self, noise: Noise) -> None:
         assert isinstance(self.target.weight, DenseWeight)
         tensor = self.target.weight.tensor
-        local = self._local(tensor)
+        local = local_part(tensor)
         if self._copy is None or self._copy.shape != local.shape or self._copy.dtype != local.dtype:
             # Kept between steps: faulting in fresh pages costs more than the copy.
             self._copy = torch.empty_like(local)
@@ -105,11 +99,13 @@ class Snapshot(_InPlace):
             return
         assert self._copy is not None
         self._seal = None
-        self._local(self._tensor).copy_(self._copy)
+        local_part(self._tensor).copy_(self._copy)
         self.abandon()
 
     def clean_copy(self) -> Tensor | None:
-        return None if self._tensor is None or self._copy is None else self._copy.clone()
+        if self._tensor is None or self._copy is None:
+            return None
+        return like(self._tensor, self._copy.clone())
 
     def nbytes(self) -> int:
         return 0 if self._copy is None else self._copy.numel() * self._copy.element_size()
@@ -132,14 +128,14 @@ class Subtract(_InPlace):
     def apply(self, noise: Noise) -> None:
         assert isinstance(self.target.weight, DenseWeight)
         tensor = self.target.weight.tensor
-        local = self._local(tensor)
+        local = local_part(tensor)
         self._noise, self._tensor = noise, tensor
 
         def add(lo: int, hi: int, eps: Tensor) -> None:
             part = local[lo:hi]
             perturbed = rounded_sum(part, eps)
             if self.journals:
-                self._journals[lo] = _missed_by_subtraction(part, perturbed, eps)
+                self._journals[lo] = Journal(part.contiguous(), bits(rounded_sum(perturbed, eps, alpha=-1)))
             _write(part, perturbed, lambda: self._perturbed.__setitem__(lo, hi))
 
         noise.for_each_block(add, noise.grid.spans(local.shape[0]))
@@ -150,11 +146,11 @@ class Subtract(_InPlace):
             return
         # From here on the weight differs from what was sealed because of us.
         self._seal = None
-        local = self._local(self._tensor)
+        local = local_part(self._tensor)
 
         def subtract(lo: int, hi: int, eps: Tensor) -> None:
             part = local[lo:hi]
-            _write(part, self._restored(part, eps, lo), lambda: self._perturbed.pop(lo))
+            _write(part, self._restored(part, eps, lo), lambda: self._perturbed.pop(lo, None))
 
         self._noise.for_each_block(subtract, list(self._perturbed.items()))
         self.abandon()
@@ -168,13 +164,13 @@ class Subtract(_InPlace):
     def clean_copy(self) -> Tensor | None:
         if self._tensor is None or self._noise is None:
             return None
-        copy = self._local(self._tensor).clone()
+        copy = local_part(self._tensor).clone()
 
         def subtract(lo: int, hi: int, eps: Tensor) -> None:
             copy[lo:hi].copy_(self._restored(copy[lo:hi], eps, lo))
 
         self._noise.for_each_block(subtract, list(self._perturbed.items()))
-        return copy
+        return like(self._tensor, copy)
 
     def nbytes(self) -> int:
         return sum(journal.nbytes for journal in self._journals.values())
@@ -209,11 +205,3 @@ def _write(part: Tensor, values: Tensor, note: Callable[[], object]) -> None:
         if torch.equal(bits(part.contiguous()), bits(values)):
             note()
         raise
-
-
-def _missed_by_subtraction(part: Tensor, perturbed: Tensor, eps: Tensor) -> Journal:
-    """Compares with the very operation that will restore the block."""
-    back = rounded_sum(perturbed, eps, alpha=-1)
-    original = part.contiguous().view(-1)
-    missed = bits(back).view(-1).bitwise_xor_(bits(original)).nonzero().view(-1)
-    return Journal(missed, original[missed], original.numel())
