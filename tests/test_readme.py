@@ -1,0 +1,102 @@
+"""The README's code runs, leaves the weights alone, and its table of options is the truth."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import changed_weights, fingerprint
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from flatlora_optim import FlatLoRAOptimizer
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Linear(6, 16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.attention(x)))
+
+
+@pytest.fixture
+def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the README's readers are told that they have."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    model = get_peft_model(Classifier(), LoraConfig(target_modules=["attention", "head"], r=2))
+    base = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    return {
+        "torch": torch,
+        "FlatLoRAOptimizer": FlatLoRAOptimizer,
+        "model": model,
+        "base": base,
+        "optimizer": FlatLoRAOptimizer(base, model, sigma=0.1, total_steps=8),
+        "loss_fn": F.cross_entropy,
+        "batches": [(torch.randn(5, 6), torch.randint(4, (5,))) for _ in range(3)],
+        "tokens": torch.randint(50, (2, 7)),
+        "name": tmp_path / "llama",
+        "path": tmp_path / "checkpoint.pt",
+    }
+
+
+def save_tiny_llama(folder: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n", 1)[0][:60])
+def test_block_runs_and_leaves_the_weights_alone(block: str, namespace: dict[str, Any]) -> None:
+    if "from_pretrained(name" in block:
+        save_tiny_llama(namespace["name"])
+    if "FlatLoRAOptimizer(" in block:
+        namespace.pop("optimizer").close()
+    frozen = fingerprint(namespace["model"])
+    trained = {n: p.clone() for n, p in namespace["model"].named_parameters() if p.requires_grad}
+
+    exec(compile(block, "README.md", "exec"), namespace)
+
+    optimizer = namespace["optimizer"]
+    assert isinstance(optimizer, FlatLoRAOptimizer)
+    assert not optimizer.is_perturbed
+    if namespace["model"].state_dict().keys() >= frozen.keys():
+        assert not changed_weights(namespace["model"], frozen)
+    if "in batches:" in block:
+        assert optimizer.step_count == len(namespace["batches"])
+        assert any(
+            not torch.equal(p, trained[n]) for n, p in namespace["model"].named_parameters() if n in trained
+        )
+        assert optimizer.metrics()["seconds"] > 0
+
+
+def test_all_three_styles_and_qlora_are_shown() -> None:
+    text = "\n".join(BLOCKS)
+    for shown in ("optimizer.perturbed()", "optimizer.step(closure)", "load_in_4bit", "register("):
+        assert shown in text
+    assert len(BLOCKS) >= 8
+
+
+def test_options_are_those_of_the_constructor() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (?:`(.*?)`)? ?\|", README, re.M)
+    documented = dict(rows)
+    parameters = inspect.signature(FlatLoRAOptimizer).parameters.values()
+    actual = {p.name: "" if p.default is p.empty else repr(p.default).replace("'", '"') for p in parameters}
+    assert documented == actual
+
+
+def test_links_lead_to_files_that_exist() -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)]+)\)", README):
+        assert (Path(__file__).parent.parent / target).exists(), target
