@@ -3,12 +3,14 @@
 from .noise import GaussianNoise, NoiseSource
 from .optimizer import FlatLoRAOptimizer
 from .perturbation import WeightChangedError
+from .table import NoiseTable
 from .targets import find_targets, register
 
 __all__ = [
     "FlatLoRAOptimizer",
     "GaussianNoise",
     "NoiseSource",
+    "NoiseTable",
     "WeightChangedError",
     "find_targets",
     "register",
