@@ -106,7 +106,7 @@ def hook_state_dicts(optimizer: FlatLoRAOptimizer, model: nn.Module) -> list[Rem
 def attached_optimizers(model: nn.Module) -> list[FlatLoRAOptimizer]:
     """The optimizers that perturb modules of the model, each once."""
     tables = ((m._forward_pre_hooks, m._state_dict_hooks) for m in model.modules())
-    hooks = (hook for both in tables for table in both for hook in table.values())
+    hooks: Iterator[object] = (hook for both in tables for table in both for hook in table.values())
     found = (hook._optimizer() for hook in hooks if isinstance(hook, _ModelHook))
     return list({id(optimizer): optimizer for optimizer in found if optimizer is not None}.values())
 

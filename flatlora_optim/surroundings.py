@@ -1,0 +1,231 @@
+"""The loss of a model around its frozen weights: at W + eps, and the Hessian at W."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import hooks
+from .noise import GaussianNoise, Noise, NoiseKey, NoiseSource
+from .perturbation import VirtualPerturbation, choose_perturbation, remove_all
+from .scales import RowNorms
+from .sharding import is_sharded
+from .targets import Target, find_targets
+from .weights import DenseWeight
+
+LossFn = Callable[[nn.Module], Tensor]
+Vector = list[Tensor]
+"""One tensor for each dense weight."""
+
+
+class Surroundings:
+    """The loss of a model around its present weights."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, targets: list[Target], undo: ExitStack) -> None:
+        self._model, self._loss_fn, self._undo = model, loss_fn, undo
+        self.targets = targets
+        self.norms = [_merged_norms(target) for target in targets]
+        """The norms of the merged weight's rows, shape ``(m,)``, of each target."""
+        self._perturbations = [choose_perturbation(target, "auto", "exact") for target in targets]
+        self._cuda = {t.weight.device.index for t in targets if t.weight.device.type == "cuda"}
+        self._no_noise = self.noises(NoiseKey(0, 0), [torch.zeros_like(norms) for norms in self.norms])
+
+    def noises(
+        self, key: NoiseKey, scales: Sequence[Tensor], source: NoiseSource | None = None
+    ) -> list[Noise]:
+        return [
+            Noise(source or GaussianNoise(), key, t.weight.grid(t.first_block), scale, t.weight.row_dim)
+            for t, scale in zip(self.targets, scales, strict=True)
+        ]
+
+    def signs(self, key: NoiseKey, scale: float) -> list[Noise]:
+        """``scale`` or ``-scale`` in each element."""
+        return self.noises(key, [torch.full_like(norms, scale) for norms in self.norms], _Signs())
+
+    def direction(self, seed: int, number: int) -> list[Noise]:
+        """Gaussian noise whose rows have exactly the norms of the merged weight's rows."""
+        key = NoiseKey(seed, number)
+        raw = self.noises(key, [torch.ones_like(norms) for norms in self.norms])
+        ratios = [norms / _row_norms(noise) for norms, noise in zip(self.norms, raw, strict=True)]
+        return self.noises(key, [torch.nan_to_num(ratio, nan=0.0, posinf=0.0) for ratio in ratios])
+
+    def vector(self, key: NoiseKey) -> Vector:
+        """A random sign in each element of the dense weights."""
+        zeros = (torch.zeros_like(w, requires_grad=False) for w in _dense_tensors(self.targets))
+        return [noise.add_to(zero) for noise, zero in zip(self.signs(key, 1.0), zeros, strict=True)]
+
+    def along(self, terms: Sequence[tuple[float, list[Noise]]]) -> list[Noise] | None:
+        """``sum of a * direction``; None is W itself."""
+        present = [[_scaled(noise, a) for noise in direction] for a, direction in terms if a != 0]
+        if len(present) < 2:
+            return present[0] if present else None
+        return [_Sum(parts) for parts in zip(*present, strict=True)]
+
+    def loss(self, noises: list[Noise] | None) -> float:
+        """The loss at W + eps, or at W."""
+        with torch.no_grad(), self._noise_on(noises):
+            return float(self.evaluate())
+
+    def evaluate(self) -> Tensor:
+        with torch.random.fork_rng(self._cuda):
+            loss = self._loss_fn(self._model)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"loss_fn must return the loss as a scalar tensor, got {what}")
+        return loss
+
+    @contextmanager
+    def _noise_on(self, noises: list[Noise] | None) -> Iterator[None]:
+        try:
+            for perturbation, noise in zip(self._perturbations, noises or self._no_noise, strict=True):
+                # Quantized layers compute at W as they do at W + eps: bitsandbytes' own kernels
+                # may have another precision, which would look like an effect of the noise.
+                if noises or isinstance(perturbation, VirtualPerturbation):
+                    perturbation.apply(noise)
+            yield
+        finally:
+            remove_all(self._perturbations)
+
+    def difference(self, key: NoiseKey, step: float) -> float:
+        """``v'Hv`` of random signs v, by second differences."""
+        squared = sum(float(norms.double().square().sum()) for norms in self.norms)
+        h = step * math.sqrt(squared / sum(t.weight.shape.numel() for t in self.targets))
+        plus, minus = self.loss(self.signs(key, h)), self.loss(self.signs(key, -h))
+        return (plus + minus - 2 * self.at_minimum) / h**2
+
+    @cached_property
+    def at_minimum(self) -> float:
+        return self.loss(None)
+
+    def is_dense(self) -> bool:
+        return all(target.weight.kind == "dense" for target in self.targets)
+
+    def hessian(self) -> Hessian:
+        for target in self.targets:
+            if target.weight.kind != "dense":
+                raise ValueError(
+                    f"the weight of {target.name} is {target.weight.kind}: quantized weights can't be "
+                    "differentiated twice. hessian_trace(method='differences') works for them"
+                )
+        weights = _dense_tensors(self.targets)
+        for weight in weights:
+            self._undo.callback(weight.requires_grad_, weight.requires_grad)
+            weight.requires_grad_()
+        # Fused attention has no second derivative.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            return Hessian(self.evaluate(), weights)
+
+
+class Hessian:
+    """Products with the Hessian, by double backward. Keeps the graph of the gradient."""
+
+    def __init__(self, loss: Tensor, weights: Vector) -> None:
+        self._weights = weights
+        self._gradient = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
+
+    def times(self, v: Vector) -> Vector:
+        pairs = [(g, x) for g, x in zip(self._gradient, v, strict=True) if g.requires_grad]
+        if not pairs:  # the loss is linear
+            return [torch.zeros_like(x) for x in v]
+        gradient, vectors = zip(*pairs, strict=True)
+        return list(
+            torch.autograd.grad(gradient, self._weights, vectors, retain_graph=True, materialize_grads=True)
+        )
+
+    def curvature(self, v: Vector) -> float:
+        """``v'Hv``"""
+        return dot(v, self.times(v))
+
+
+class _Signs:
+    """Random signs: among all noise they estimate a trace with the least variance."""
+
+    def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
+        return GaussianNoise().block(key, number, out).sign_()
+
+
+class _Sum(Noise):
+    """The sum of several noises on one weight."""
+
+    def __init__(self, parts: Sequence[Noise]) -> None:
+        first = parts[0]
+        super().__init__(first.source, first.key, first.grid, first.scales, first.row_dim)
+        self._parts = parts
+
+    def block(self, lo: int, hi: int) -> Tensor:
+        total = self._parts[0].block(lo, hi).clone()
+        for part in self._parts[1:]:
+            total += part.block(lo, hi)
+        return total
+
+
+@contextmanager
+def measuring(model: nn.Module, loss_fn: LossFn) -> Iterator[Surroundings]:
+    """The model in eval mode, undisturbed by an attached optimizer; all is put back afterwards."""
+    found = find_targets(model)
+    targets = [target for target in found.targets if any(True for _ in target.adapter_parameters())]
+    if not targets:
+        raise ValueError(f"no active LoRA adapter found in {type(model).__name__}\n{found.report()}".rstrip())
+    for target in targets:
+        if target.merged:
+            raise ValueError(f"the adapter of {target.name} is merged into its weight: unmerge it first")
+    if any(is_sharded(tensor) for tensor in _dense_tensors(targets)):
+        raise ValueError("the weights are sharded: measure an unsharded copy of the model")
+    with ExitStack() as undo:
+        for optimizer in hooks.attached_optimizers(model):
+            undo.enter_context(optimizer.clean())
+        undo.enter_context(_eval_mode(model))
+        for tensor in _dense_tensors(targets):
+            # The bits will be the same again: pending graphs and cached norms stay valid.
+            undo.enter_context(_unsafe_preserve_version_counter(tensor))
+        yield Surroundings(model, loss_fn, targets, undo)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for module, _ in before:
+        # In eval mode, bitsandbytes repacks a 4-bit weight for a CPU kernel of its own.
+        module.training = getattr(getattr(module, "weight", None), "quant_state", None) is not None
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _dense_tensors(targets: Iterable[Target]) -> Vector:
+    return [target.weight.tensor for target in targets if isinstance(target.weight, DenseWeight)]
+
+
+def _merged_norms(target: Target) -> Tensor:
+    delta = target.delta()
+    assert delta is not None
+    return RowNorms(target).merged(delta)
+
+
+def _row_norms(noise: Noise) -> Tensor:
+    squared = torch.zeros_like(noise.scales)
+    for lo, hi in noise.grid.spans(noise.grid.rows):
+        values = noise.block(lo, hi).square()
+        if noise.row_dim == 0:
+            squared[lo:hi] = values.sum(1)
+        else:
+            squared += values.sum(0)
+    return squared.sqrt()
+
+
+def _scaled(noise: Noise, factor: float) -> Noise:
+    return Noise(noise.source, noise.key, noise.grid, noise.scales * factor, noise.row_dim)
+
+
+def dot(a: Vector, b: Vector) -> float:
+    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
