@@ -6,12 +6,14 @@ block by block of the whole weight, and the norms of its rows are summed over th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 
 def is_sharded(tensor: object) -> bool:
@@ -30,6 +32,13 @@ def whole(tensor: Any) -> Tensor:
     tensor = tensor.detach()
     values: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return values
+
+
+def gathered(module: nn.Module, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+    """A block in which the module has these parameters whole, for code that knows no DTensor."""
+    wanted = {id(parameter) for parameter in parameters if is_sharded(parameter)}
+    values = {name: whole(p) for name, p in module.named_parameters() if id(p) in wanted}
+    return _reparametrize_module(module, values)
 
 
 def like(tensor: Any, local: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .sharding import check_engine, is_sharded, local_part, whole
+from .sharding import check_engine, gathered, is_sharded, local_part, whole
 from .weights import (
     DENSE_DTYPES,
     Bnb4bitWeight,
@@ -107,6 +107,11 @@ class PeftLoRA(Target):
         owner = innermost_base_layer(module)
         if not hasattr(owner, "weight") and hasattr(owner, "in_proj_weight"):
             raise UnsupportedAdapterError("PEFT merges the adapter into `in_proj_weight` in each forward")
+        if getattr(owner, "groups", 1) > 1:
+            raise UnsupportedAdapterError(
+                "PEFT's adapter on a grouped convolution mixes channels that the weight keeps apart, "
+                "so there is no merged weight to take the strength of the noise from"
+            )
         row_dim = 1 if _is_transposed(module, owner) else 0
         return cls(name, module, owner, read_weight(owner, module, row_dim))
 
@@ -127,9 +132,6 @@ class PeftLoRA(Target):
                     yield from part.parameters()
 
     def delta(self) -> LowRank | Tensor | None:
-        if getattr(self.owner, "groups", 1) > 1:
-            # Grouped convolutions are block-diagonal: no single product A, B describes them.
-            return _sum_of_deltas(self, (adapter for adapter, _, _ in self._active()))
         terms = [self._product(adapter, a, b) for adapter, a, b in self._active()]
         if not terms:
             return None
@@ -449,10 +451,11 @@ def _is_transposed(layer: nn.Module, owner: nn.Module) -> bool:
 def _sum_of_deltas(target: Target, adapters: Iterable[str]) -> Tensor | None:
     """The dense products that PEFT itself makes, in the weight's stored shape."""
     total: Tensor | None = None
-    for adapter in adapters:
-        term = whole(target.layer.get_delta_weight(adapter))
-        term = term.to(target.weight.device, torch.float32).reshape(target.weight.shape)
-        total = term if total is None else total + term
+    with gathered(target.layer, target.adapter_parameters()):
+        for adapter in adapters:
+            term: Tensor = target.layer.get_delta_weight(adapter)
+            term = term.detach().to(target.weight.device, torch.float32).reshape(target.weight.shape)
+            total = term if total is None else total + term
     return total
 
 
