@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from flatlora_optim import FlatLoRAOptimizer
+from flatlora_optim import FlatLoRAOptimizer, register
 
 INT_VIEWS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -31,16 +31,16 @@ class MLP(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """A convolution, a grouped one and a Linear head, for images of (3, 6, 6)."""
+    """Two convolutions, of which one may be grouped, and a Linear head, for images of (3, 6, 6)."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, groups=groups)
         self.head = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.grouped(torch.tanh(self.conv(x))))
+        x = torch.tanh(self.conv2(torch.tanh(self.conv1(x))))
         return self.head(x.mean((2, 3)))
 
 
@@ -57,6 +57,23 @@ class TinyLM(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.lm_head(torch.tanh(self.mix(self.embed(tokens))))
+
+
+class OwnLoRA(nn.Module):
+    """A hand-written LoRA layer in the style of loralib, around any weight of two or more dims."""
+
+    def __init__(self, weight: Tensor, rank: int = 2, scaling: float = 1.5) -> None:
+        super().__init__()
+        rows, columns = weight.shape[0], weight[0].numel()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.lora_A = nn.Parameter(torch.randn(rank, columns) / columns**0.5)
+        self.lora_B = nn.Parameter(torch.randn(rows, rank) * 0.02)
+        self.scaling = scaling
+        register(self, lora_A="lora_A", lora_B="lora_B", scaling="scaling")
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = self.scaling * (x @ self.lora_A.T) @ self.lora_B.T
+        return F.linear(x, self.weight.flatten(1).to(x.dtype)) + update
 
 
 def with_lora(
@@ -83,9 +100,9 @@ def lora_mlp(dtype: torch.dtype = torch.float32, *, seed: int = 0, **config: Any
     return with_lora(MLP(), ["fc1", "fc2"], seed=seed, dtype=dtype, **config)
 
 
-def lora_convnet(**config: Any) -> nn.Module:
+def lora_convnet(groups: int = 1, **config: Any) -> nn.Module:
     torch.manual_seed(0)
-    return with_lora(ConvNet(), ["conv", "grouped", "head"], r=4, **config)
+    return with_lora(ConvNet(groups), ["conv1", "conv2", "head"], r=4, **config)
 
 
 def lora_lm(tied: bool = False, targets: tuple[str, ...] = ("embed", "mix"), **config: Any) -> nn.Module:
