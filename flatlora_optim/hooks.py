@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from . import sharding
+
 if TYPE_CHECKING:
     from .optimizer import FlatLoRAOptimizer
 
@@ -51,7 +53,8 @@ class _Before(_ModelHook):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: Any) -> None:
         if (optimizer := self._optimizer()) is not None:
-            optimizer._forward_begins(module)
+            with sharding.before_gathering(module, self):
+                optimizer._forward_begins(module)
 
 
 class _After(_ModelHook):

@@ -470,6 +470,8 @@ class FlatLoRAOptimizer(Optimizer):
             return closure()
 
     def _end_step(self) -> None:
+        if self._noises is None and all(group.get("lr", 1) == 0 for group in self.param_groups):
+            return  # torch.distributed.checkpoint lets an optimizer create its state by such a step
         sigma = max((group[SIGMA] for group in self.param_groups), default=0.0)
         if not self._noise_was_on and not self._warned and sigma > 0 and self.sigma > 0:
             self._warned = True

@@ -7,7 +7,8 @@ block by block of the whole weight, and the norms of its rows are summed over th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -109,6 +110,35 @@ def fsdp_modules(model: nn.Module) -> Iterator[Any]:
         for module in model.modules():
             if hasattr(module, "reshard") and hasattr(module, "unshard"):
                 yield module
+
+
+@contextmanager
+def before_gathering(module: Any, hook: object) -> Iterator[None]:
+    """A block inside a forward pre-hook that runs before FSDP2 gathers the module's weights.
+
+    So it does by itself, unless ``fully_shard`` came after the hook (Accelerate shards a model
+    whose optimizer exists already). Then FSDP2 lets go and gathers again; once, as from the next
+    forward on the hook comes first.
+    """
+    hooks = module._forward_pre_hooks
+    earlier = list(takewhile(lambda other: other is not hook, hooks.values()))
+    if not any(getattr(other, "__module__", "").startswith("torch.distributed.fsdp") for other in earlier):
+        yield
+        return
+    hooks.move_to_end(next(key for key, other in hooks.items() if other is hook), last=False)
+    gathered = _count_gathered(module)
+    module.reshard()
+    if _count_gathered(module) == gathered:
+        # With reshard_after_forward=False, reshard() does nothing within a forward.
+        module.set_reshard_after_forward(True, recurse=False)
+        module.reshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    yield
+    module.unshard()
+
+
+def _count_gathered(module: nn.Module) -> int:
+    return sum(not is_sharded(parameter) for parameter in module.parameters())
 
 
 def check_engine(model: nn.Module) -> None:
