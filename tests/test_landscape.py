@@ -243,6 +243,17 @@ def test_quantized_weights_get_the_noise_of_the_optimizer() -> None:
         assert float(measured.samples[0]) == float(quantized_loss(model))
 
 
+def test_kernels_of_bitsandbytes_do_not_look_like_an_effect_of_noise() -> None:
+    """Once evaluated on a CPU with AVX512-BF16, 4-bit layers compute in bfloat16."""
+    model = quantized_model().eval()
+    with torch.no_grad():
+        quantized_loss(model)
+    before = storage(model)
+    measured = landscape.expected_loss(model, quantized_loss, sigma=0.0, samples=1, **silent)
+    assert measured.increase == 0
+    assert_equal_tensors(storage(model), before)
+
+
 def test_quantized_curvature_is_that_of_the_dequantized_model() -> None:
     model = quantized_model()
     dense = with_lora(
