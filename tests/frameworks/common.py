@@ -88,6 +88,27 @@ class Watch:
         assert set(self.uses) == {("train", True), ("backward", True), ("observe", False)}, self.uses
 
 
+class Recording:
+    """For subclasses of Trainer: keeps what each training batch was and what loss it gave."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.windows: dict[int, list[dict[str, Any]]] = {}
+        """The batches of each optimizer step, ready to be arguments of the model."""
+        self.losses: list[float] = []
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            batch = {**inputs, "num_items_in_batch": kwargs.get("num_items_in_batch")}
+            self.windows.setdefault(self.state.global_step, []).append(batch)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.losses.append(loss.item())
+        return loss
+
+
 Loss = Callable[..., Tensor]
 
 
@@ -131,6 +152,8 @@ def hand_written_loop(
 
 
 def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a module-level function in a fresh interpreter."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+    """Calls a module-level function in a new process, which shares nothing but imported modules."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["transformers.trainer", "peft", "transformers.models.llama"])
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
         return executor.submit(function, *args).result()
