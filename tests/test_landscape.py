@@ -160,7 +160,7 @@ def test_a_slice_through_the_minimum_of_a_quadratic_is_its_parabola() -> None:
     curve = landscape.slice_1d(q.model, q.loss, radius=1.0, points=9, **silent)
     a, losses = curve.coordinates, curve.losses
     assert a.tolist() == [-1, -0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75, 1]
-    assert float(losses[4]) == pytest.approx(float(q.loss(q.model)), rel=1e-6)
+    assert float(losses[4]) == pytest.approx(q.loss(q.model).item(), rel=1e-6)
     fit = torch.linalg.lstsq(torch.stack([a**0, a, a**2], 1), losses[:, None]).solution
     torch.testing.assert_close(torch.stack([a**0, a, a**2], 1) @ fit, losses[:, None], rtol=1e-5, atol=1e-6)
     plane = landscape.slice_2d(q.model, q.loss, radius=1.0, points=9, **silent)
@@ -243,8 +243,8 @@ def test_quantized_weights_get_the_noise_of_the_optimizer() -> None:
         assert float(measured.samples[0]) == float(quantized_loss(model))
 
 
-def test_kernels_of_bitsandbytes_do_not_look_like_an_effect_of_noise() -> None:
-    """Once evaluated on a CPU with AVX512-BF16, 4-bit layers compute in bfloat16."""
+def test_repacked_weights_are_measured_alike_and_stay_repacked() -> None:
+    """An evaluation on a CPU with AVX512-BF16 repacks 4-bit weights for a kernel of bfloat16."""
     model = quantized_model().eval()
     with torch.no_grad():
         quantized_loss(model)
