@@ -52,7 +52,7 @@ class Detached:
 class _Before(_ModelHook):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if (optimizer := self._optimizer()) is not None:
+        if (optimizer := self._optimizer()) is not None and not _in_backward():
             with sharding.before_gathering(module, self):
                 optimizer._forward_begins(module)
 
@@ -60,10 +60,16 @@ class _Before(_ModelHook):
 class _After(_ModelHook):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if (optimizer := self._optimizer()) is not None:
+        if (optimizer := self._optimizer()) is not None and not _in_backward():
             # torch calls the hook without an output for an exception on its way out.
             failed = output is None and sys.exc_info()[0] is not None
             optimizer._forward_ends(module, failed)
+
+
+def _in_backward() -> bool:
+    """Whether a forward is a recomputation, which must see what the first one saw, and which
+    checkpointing ends early by an exception of its own."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class _CleanStateDict(_ModelHook):

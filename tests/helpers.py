@@ -157,7 +157,11 @@ def fingerprint(model: nn.Module) -> dict[str, Tensor]:
 
 def changed_weights(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
     """The names of the frozen parameters whose bits are no longer those of ``before``."""
-    return {name for name, now in fingerprint(model).items() if not torch.equal(now, before[name])}
+    return {
+        name
+        for name, now in fingerprint(model).items()
+        if now.dtype != before[name].dtype or not torch.equal(now, before[name])
+    }
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
