@@ -1,0 +1,326 @@
+"""The noise is the paper's: eps[i, j] ~ N(0, sigma_t^2 * ||W'[i]||^2 / n), and nothing else decides it.
+
+The statistical tests have fixed seeds. With any other seed, each would raise a false alarm with
+probability FALSE_ALARM.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    ConvNet,
+    OwnLoRA,
+    TinyLM,
+    fingerprint,
+    flatlora,
+    lora_convnet,
+    lora_gpt2,
+    lora_lm,
+    lora_mlp,
+    randomize_adapters,
+    trainable,
+    with_lora,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from scipy import stats
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from flatlora_optim import FlatLoRAOptimizer
+from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey
+
+FALSE_ALARM = 1e-6
+SIGMA = 0.1
+
+
+class Ones:
+    """A noise source that makes the row scales visible: eps[i, j] = scale[i]."""
+
+    def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
+        return out.fill_(1)
+
+
+def noise_on(model: nn.Module, optimizer: FlatLoRAOptimizer) -> dict[str, Tensor]:
+    """eps of each perturbed weight. In float64 models the difference is exact to float32."""
+    weights = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    clean = {n: p.detach().clone() for n, p in weights.items()}
+    with optimizer.perturbed():
+        found = {n: p.detach() - clean[n] for n, p in weights.items()}
+    return {n: eps for n, eps in found.items() if eps.any()}
+
+
+def rows_first(tensor: Tensor, layer: nn.Module) -> Tensor:
+    """Shape (m, n): one row per output neuron."""
+    return tensor.T if isinstance(layer, Conv1D) else tensor.flatten(1)
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Any, nn.Module]]:
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            yield name, module, module.base_layer
+
+
+def expected_scales(model: nn.Module) -> dict[str, Tensor]:
+    """sigma * ||W'[i]|| / sqrt(n) by the dense products that PEFT itself makes."""
+    scales = {}
+    for name, layer, base in adapter_layers(model):
+        merged = base.weight.detach().clone()
+        for adapter in layer.active_adapters:
+            merged += layer.get_delta_weight(adapter).detach().reshape(merged.shape)
+        merged = rows_first(merged, base)
+        scales[f"{name}.base_layer.weight"] = SIGMA * merged.norm(dim=1) / math.sqrt(merged.shape[1])
+    return scales
+
+
+# ---------------------------------------------------------------------- strength
+
+
+def two_adapters() -> nn.Module:
+    model = lora_mlp()
+    model.add_adapter("second", LoraConfig(target_modules=["fc1", "fc2"], r=3, lora_alpha=9))
+    randomize_adapters(model, seed=1)
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+def of_another_type(config: Any) -> nn.Module:
+    model = get_peft_model(ConvNet() if "conv2" in config.target_modules else TinyLM(), config)
+    with torch.no_grad():
+        for parameter in trainable(model):
+            parameter.normal_(std=0.3)
+    return model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lora_mlp,
+    "rslora": lambda: lora_mlp(use_rslora=True, r=4),
+    "dora": lambda: lora_mlp(use_dora=True),
+    "bias": lambda: lora_mlp(lora_bias=True),
+    "rank pattern": lambda: lora_mlp(rank_pattern={"fc1": 4}, alpha_pattern={"fc2": 7}),
+    "several adapters": two_adapters,
+    "conv2d": lora_convnet,
+    "conv1d": lora_gpt2,
+    "embedding": lora_lm,
+    "tied embedding": lambda: lora_lm(tied=True),
+    "adalora": lambda: of_another_type(
+        AdaLoraConfig(target_modules=["mix"], init_r=3, target_r=2, total_step=10, tinit=1, tfinal=1)
+    ),
+    "loha": lambda: of_another_type(LoHaConfig(target_modules=["mix"], r=2, alpha=3)),
+    "loha conv2d": lambda: of_another_type(LoHaConfig(target_modules=["conv2", "head"], r=2, alpha=3)),
+    "lokr": lambda: of_another_type(LoKrConfig(target_modules=["mix", "lm_head"], r=2, alpha=3)),
+}
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in MODELS.items()])
+def test_each_row_gets_the_strength_of_its_merged_weight(make: Callable[[], nn.Module]) -> None:
+    model = make().double()
+    with torch.no_grad():
+        for _, _, base in adapter_layers(model):
+            # Rows of different size, so that the other axis would give other numbers.
+            rows = rows_first(base.weight, base)
+            rows *= torch.linspace(0.3, 3, len(rows)).view(-1, 1)
+    optimizer = flatlora(model, sigma=SIGMA, noise=Ones())
+    for step in range(2):
+        expected = expected_scales(model)
+        eps = noise_on(model, optimizer)
+        assert eps.keys() == expected.keys()
+        for name, layer, base in adapter_layers(model):
+            key = f"{name}.base_layer.weight"
+            actual = rows_first(eps[key], base)
+            torch.testing.assert_close(actual, expected[key][:, None].expand_as(actual), rtol=1e-4, atol=1e-8)
+            assert len(layer.active_adapters) > 0
+        optimizer.step()
+        randomize_adapters(model, seed=7 + step)  # the strength follows the adapters
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_strength_is_computed_in_float32_for_half_weights(dtype: torch.dtype) -> None:
+    weight = torch.randn(6, 4096).to(dtype)
+    layer = OwnLoRA(weight.clone())
+    optimizer = flatlora(layer, sigma=1.0)
+    optimizer.perturb()
+    eps = layer.weight.double() - weight.double()
+    merged = weight.double() + 1.5 * layer.lora_B.double() @ layer.lora_A.double()
+    torch.testing.assert_close(eps.norm(dim=1), merged.norm(dim=1), rtol=0.05, atol=0)
+
+
+def test_the_strength_follows_new_base_weights() -> None:
+    """Also when they were loaded while the optimizer was perturbed, but that layer was not."""
+    model = lora_mlp().double()
+    optimizer = flatlora(model, sigma=SIGMA, noise=Ones())
+    train = optimizer.param_groups[0]
+    noise_on(model, optimizer)
+    optimizer.step()
+    train["sigma"] = 0.0
+    optimizer.perturb()
+    model.load_state_dict(lora_mlp(seed=9).double().state_dict())
+    optimizer.restore()
+    optimizer.step()
+    train["sigma"] = SIGMA
+    expected = expected_scales(model)
+    for name, eps in noise_on(model, optimizer).items():
+        torch.testing.assert_close(eps[:, 0], expected[name], rtol=1e-4, atol=0)
+
+
+# ---------------------------------------------------------------------- distribution
+
+ROWS, COLUMNS = 96, 512
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(COLUMNS, ROWS),
+    "conv1d": lambda: Conv1D(ROWS, COLUMNS),
+    "conv2d": lambda: nn.Conv2d(32, ROWS, 4),
+    "embedding": lambda: nn.Embedding(ROWS, COLUMNS),
+}
+
+
+def sample(make: Callable[[], nn.Module], **options: Any) -> Tensor:
+    """eps of one such layer, divided by its expected strength: should be standard normal."""
+    base = make()
+    with torch.no_grad():
+        rows = rows_first(base.weight, base)
+        rows.copy_(torch.randn(ROWS, COLUMNS) * torch.logspace(-1, 1, ROWS).view(-1, 1))
+    model = with_lora(
+        nn.ModuleDict({"layer": base}), ["layer"], r=4, fan_in_fan_out=isinstance(base, Conv1D)
+    ).double()
+    ((name, expected),) = expected_scales(model).items()
+    eps = noise_on(model, flatlora(model, sigma=SIGMA, **options))[name]
+    return rows_first(eps, base) / expected[:, None]
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in LAYERS.items()])
+def test_noise_is_standard_normal_times_the_row_strength(make: Callable[[], nn.Module]) -> None:
+    z = sample(make)
+    assert z.shape == (ROWS, COLUMNS)
+    variances = stats.chi2(COLUMNS)
+    tails = [min(variances.cdf(s), variances.sf(s)) for s in z.square().sum(1).tolist()]
+    assert min(tails) > FALSE_ALARM / (2 * ROWS), "the variance of a row is off"
+    assert 2 * stats.norm.sf(abs(z.sum().item()) / math.sqrt(z.numel())) > FALSE_ALARM, "the mean is not zero"
+    assert stats.kstest(z.flatten().numpy(), "norm").pvalue > FALSE_ALARM, "not normal"
+
+
+def independent(a: Tensor, b: Tensor) -> bool:
+    """Whether the correlation of two standard normal samples is that of independent ones."""
+    return 2 * stats.norm.sf(abs((a * b).sum().item()) / math.sqrt(a.numel())) > FALSE_ALARM
+
+
+def test_elements_are_independent_of_their_neighbours() -> None:
+    z = sample(LAYERS["linear"])
+    assert independent(z[1:], z[:-1])
+    assert independent(z[:, 1:], z[:, :-1])
+    assert independent(z[: ROWS // 2], z[ROWS // 2 :])
+
+
+def test_seeds_steps_and_layers_are_independent() -> None:
+    def layers(seed: int, step: int) -> list[Tensor]:
+        model = with_lora(
+            nn.ModuleDict({"a": nn.Linear(COLUMNS, ROWS), "b": nn.Linear(COLUMNS, ROWS)}), ["a", "b"]
+        ).double()
+        optimizer = flatlora(model, sigma=SIGMA, seed=seed)
+        for _ in range(step):
+            with optimizer.perturbed():
+                pass
+            optimizer.step()
+        expected = expected_scales(model)
+        return [eps / expected[name][:, None] for name, eps in noise_on(model, optimizer).items()]
+
+    streams = [
+        z for seed, step in [(1, 0), (1, 1), (2, 0), (-1, 0), (2**32 + 1, 0)] for z in layers(seed, step)
+    ]
+    for i, a in enumerate(streams):
+        for b in streams[:i]:
+            assert independent(a, b)
+
+
+# ---------------------------------------------------------------------- streams
+
+
+def test_noise_depends_on_the_seed_alone() -> None:
+    def run(global_seed: int) -> dict[str, Tensor]:
+        model = lora_mlp()
+        torch.manual_seed(global_seed)
+        with flatlora(model, seed=7).perturbed():
+            return fingerprint(model)
+
+    first, second = run(1), run(2)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@given(
+    rows=st.integers(1, 12),
+    row_size=st.sampled_from([1, 7, 20_000, 70_000]),
+    cuts=st.lists(st.integers(0, 12), max_size=3),
+    left=st.floats(0, 1),
+    row_dim=st.integers(0, 1),
+)
+def test_any_shard_gets_its_part_of_the_whole(
+    rows: int, row_size: int, cuts: list[int], left: float, row_dim: int
+) -> None:
+    key = NoiseKey(3, 5)
+    scales = torch.rand((rows, row_size)[row_dim])
+    whole = torch.zeros(rows, row_size)
+    Noise(GaussianNoise(), key, Grid(rows, row_size, "cpu", 11), scales, row_dim).add_to(whole)
+    bounds = sorted({0, rows, *(cut for cut in cuts if cut < rows)})
+    middle = int(left * row_size)
+    for lo, hi in itertools.pairwise(bounds):
+        for columns in (slice(0, middle), slice(middle, row_size)):
+            part = torch.zeros(hi - lo, row_size)[:, columns].clone()
+            grid = Grid(rows, row_size, "cpu", 11, first_row=lo, columns=columns)
+            if part.numel():
+                Noise(GaussianNoise(), key, grid, scales, row_dim).add_to(part)
+            assert torch.equal(part, whole[lo:hi, columns])
+
+
+def test_blocks_may_be_made_in_any_order() -> None:
+    grid = Grid(12, 20_000, "cpu", 4)
+    noise = Noise(GaussianNoise(), NoiseKey(0, 0), grid, torch.ones(12))
+    spans = grid.spans(12)
+    assert len(spans) == grid.blocks == 4
+    forward = [noise.block(*span).clone() for span in spans]
+    backward = [noise.block(*span).clone() for span in reversed(spans)]
+    for a, b in zip(forward, reversed(backward), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_number_of_threads_does_not_matter() -> None:
+    def run(threads: int) -> Tensor:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            layer = OwnLoRA(torch.ones(200, 2000))
+            nn.init.zeros_(layer.lora_B)  # a matmul may round in another order
+            optimizer = flatlora(layer)
+            optimizer.perturb()
+            return layer.weight.detach().clone()
+        finally:
+            torch.set_num_threads(before)
+
+    one = run(1)
+    assert torch.equal(run(2), one)
+    assert torch.equal(run(3), one)
+
+
+KEYS = st.builds(NoiseKey, st.integers(-(2**80), 2**80), st.integers(0, 2**40), st.integers(0, 2**16))
+
+
+@given(KEYS, st.integers(0, 2**32 - 5000))
+def test_no_two_blocks_of_a_step_share_a_seed(key: NoiseKey, first: int) -> None:
+    assert len({key.block_seed(first + i) for i in range(5000)}) == 5000
+
+
+@given(KEYS, st.integers(1, 100), st.integers(0, 2**20))
+def test_other_seeds_steps_and_replicas_give_other_blocks(key: NoiseKey, by: int, block: int) -> None:
+    others = [
+        key._replace(seed=key.seed + by),
+        key._replace(step=key.step + by),
+        key._replace(replica=key.replica + by),
+    ]
+    seeds = {k.block_seed(block) for k in (key, *others)}
+    assert len(seeds) == 4
