@@ -70,12 +70,13 @@ def sentences(table: str) -> list[Example]:
     Ratings run from -4 to 4. Those within 0.5 of zero are left out: there the raters themselves
     disagree about the sign.
     """
-    examples = []
+    labels = {}
     with (icwsm2014() / f"{table}_GroundTruth.txt").open(encoding="utf-8") as lines:
         for line in lines:
             _, rating, text = line.rstrip("\n").split("\t")
             if abs(float(rating)) >= 0.5:
-                examples.append((text, int(float(rating) > 0)))
+                labels[text] = int(float(rating) > 0)
+    examples = list(labels.items())
     random.Random(0).shuffle(examples)
     return examples
 
@@ -266,7 +267,7 @@ def draw(results: dict[str, list[Result]], data: Data, path: Path) -> None:
 # ---------------------------------------------------------------------- command line
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -284,10 +285,9 @@ def arguments() -> argparse.Namespace:
     add("--output", type=Path, default=Path("outputs/sentiment.png"), help="where the picture goes")
     # How much is measured: enough sentences for ±2 % accuracy, few enough for a short demo.
     parser.set_defaults(test_sentences=600, loss_sentences=256, noises=8, points=11, radius=0.5)
-    quick, _ = parser.parse_known_args()
-    if quick.quick:
+    if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(steps=8, batch_size=8, test_sentences=64, loss_sentences=32, noises=2, points=5)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def positive(text: str) -> int:
@@ -314,7 +314,7 @@ def be_quiet() -> None:
 
 
 def main() -> None:
-    args = arguments()
+    args = arguments(sys.argv[1:])
     be_quiet()
     console = Console()
     console.print("LoRA on movie reviews, with AdamW and with FlatLoRAOptimizer(AdamW)")
