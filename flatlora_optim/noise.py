@@ -7,6 +7,9 @@ weight, and give the same numbers. The global generators are never touched.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -78,9 +81,21 @@ class GaussianNoise:
     """Independent Gaussian noise for every element and step (the paper's)."""
 
     def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
+        if has_kernels(out.device):
+            from .perturbation import kernels
+
+            return kernels.fill(out, key.block_seed(number))
         generator = torch.Generator(device=out.device)
         generator.manual_seed(key.block_seed(number))
         return out.normal_(generator=generator)
+
+
+@functools.cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels run on the device."""
+    if device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+        return False
+    return importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,25 @@ class Noise:
         self.scales = scales
         self.row_dim = row_dim
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether kernels can make the noise while they add it."""
+        return (
+            isinstance(self.source, GaussianNoise)
+            and self.grid.columns == slice(None)
+            and has_kernels(self.scales.device)
+        )
+
+    def recipe(self, lo: int, hi: int) -> tuple[Tensor, int, int]:
+        """The scales of one span of local rows, its block's seed, and its first element's place."""
+        grid = self.grid
+        number, skip = divmod(lo + grid.first_row, grid.rows_per_block)
+        seed = self.key.block_seed(grid.first_block + number)
+        scales = self.scales
+        if self.row_dim == 0:
+            scales = scales[grid.first_row + lo : grid.first_row + hi]
+        return scales, seed, skip * grid.row_size
+
     def block(self, lo: int, hi: int) -> Tensor:
         """``eps`` of one span of local rows, 2-D float32, in scratch memory."""
         grid, device = self.grid, self.scales.device
@@ -160,13 +194,11 @@ class Noise:
             scales = self.scales[grid.columns]
         return torch.mul(z[ours], scales, out=out[ours])
 
-    def for_each_block(
-        self, visit: Callable[[int, int, Tensor], object], spans: list[tuple[int, int]]
-    ) -> None:
-        """Calls ``visit(lo, hi, eps)`` for each span; on the CPU from several threads."""
+    def for_each_block(self, visit: Callable[[int, int], object], spans: list[tuple[int, int]]) -> None:
+        """Calls ``visit(lo, hi)`` for each span; on the CPU from several threads."""
 
         def work(span: tuple[int, int]) -> None:
-            visit(*span, self.block(*span))
+            visit(*span)
 
         if self.scales.device.type == "cpu":
             for_each(work, spans)
@@ -178,9 +210,9 @@ class Noise:
     def add_to(self, weight: Tensor) -> Tensor:
         """Adds the noise in place, in float32, rounding once to the weight's dtype."""
 
-        def add(lo: int, hi: int, eps: Tensor) -> None:
+        def add(lo: int, hi: int) -> None:
             part = weight[lo:hi]
-            part.copy_(rounded_sum(part, eps))
+            part.copy_(rounded_sum(part, self.block(lo, hi)))
 
         self.for_each_block(add, self.grid.spans(weight.shape[0]))
         return weight

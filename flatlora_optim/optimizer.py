@@ -346,12 +346,14 @@ class FlatLoRAOptimizer(Optimizer):
         return self._noises
 
     def _noise_of(self, target: Target, norms: RowNorms, sigma: float, key: NoiseKey) -> Noise | None:
-        # A merged layer trains nothing, and its weight is W' already.
-        delta = target.delta() if sigma > 0 and not target.merged else None
-        if delta is None:
-            return None
         weight = target.weight
-        scales = row_scales(norms.merged(delta), sigma, weight.columns)
+        # The forward that brought us here may run under autocast; norms need float32.
+        with torch.autocast(weight.device.type, enabled=False):
+            # A merged layer trains nothing, and its weight is W' already.
+            delta = target.delta() if sigma > 0 and not target.merged else None
+            if delta is None:
+                return None
+            scales = row_scales(norms.merged(delta), sigma, weight.columns)
         return Noise(self._source, key, weight.grid(target.first_block), scales, weight.row_dim)
 
     def _sigmas(self) -> list[float]:
@@ -539,6 +541,15 @@ class FlatLoRAOptimizer(Optimizer):
 
     def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
         return self.base.register_load_state_dict_post_hook(hook, prepend)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning's wrapper imitates our class around us: our methods run on it, and it would
+        # keep what they assign to itself.
+        wrapped = self.__dict__.get("_optimizer")
+        if isinstance(wrapped, FlatLoRAOptimizer) and name in wrapped.__dict__:
+            setattr(wrapped, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         # The base's own methods: `train()` and `eval()` of schedule-free optimizers, for example.

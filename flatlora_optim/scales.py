@@ -51,7 +51,7 @@ class RowNorms:
         base = self.base_squared()
         if isinstance(delta, LowRank):
             left, right = delta
-            parts = base + 2 * (weight.project(right) * left).sum(1)
+            parts = base + 2 * weight.cross_term(left, right)
             products = ((left @ (right @ right.T)) * left).sum(1)
         else:
             values = delta.flatten(1)

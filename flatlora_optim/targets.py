@@ -391,11 +391,16 @@ def _check(target: Target) -> None:
 def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int) -> FrozenWeight:
     """Chooses how the frozen weight of ``owner`` is read."""
     weight = getattr(owner, "weight", None)
-    if getattr(weight, "quant_state", None) is not None or type(weight).__name__ == "Params4bit":
-        if getattr(weight, "quant_state", getattr(owner, "quant_state", None)) is None:
+    if type(weight).__name__ == "Params4bit":
+        if all(getattr(holder, "quant_state", None) is None for holder in (weight, owner)):
             raise UnsupportedAdapterError("not quantized yet: move the model to its device first")
         return Bnb4bitWeight(owner)
-    if type(weight).__name__ == "Int8Params" and hasattr(owner, "state"):
+    state: Any = getattr(owner, "state", None)
+    if type(weight).__name__ == "Int8Params" and state is not None:
+        if state.has_fp16_weights:
+            raise UnsupportedAdapterError("quantizes a float16 weight in each forward (`has_fp16_weights`)")
+        if all(getattr(holder, "SCB", None) is None for holder in (weight, state)):
+            raise UnsupportedAdapterError("not quantized yet: move the model to its device first")
         return Bnb8bitWeight(owner)
     if is_sharded(weight) and not _is_plain(local_part(weight)):
         raise UnsupportedAdapterError("its weight is both quantized and sharded")

@@ -7,15 +7,17 @@ before a layer of its own has been seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .noise import Grid
-from .sharding import local_part, region, sum_over_parts
+from .noise import Grid, has_kernels
+from .sharding import is_sharded, local_part, region, sum_over_parts
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -62,9 +64,7 @@ class FrozenWeight:
         Of a sharded weight, only what this process holds: then ``values`` has the elements
         ``grid().columns`` of these rows.
         """
-        values = self.dense(torch.float32)
-        for lo, hi in self.grid().spans(self.shape[0]):
-            yield lo, hi, values[lo:hi].flatten(1)
+        raise NotImplementedError
 
     def row_norms_squared(self) -> Tensor:
         """``||W[i, :]||^2``, shape ``(rows,)``; here and below, of the local part alone."""
@@ -87,6 +87,10 @@ class FrozenWeight:
             else:
                 out[columns].addmm_(values.T, right[:, lo:hi].T)
         return out
+
+    def cross_term(self, left: Tensor, right: Tensor) -> Tensor:
+        """``<left[i, :], (W @ right.T)[i, :]>``, shape ``(rows,)``."""
+        return (self.project(right) * left).sum(1)
 
     def row_dots(self, other: Tensor) -> Tensor:
         """``<W[i, :], other[i, :]>`` for ``other`` of the stored shape: shape ``(rows,)``."""
@@ -144,6 +148,14 @@ class DenseWeight(FrozenWeight):
         for lo, hi in grid.spans(local.shape[0]):
             yield grid.first_row + lo, grid.first_row + hi, local[lo:hi].float().flatten(1)
 
+    def cross_term(self, left: Tensor, right: Tensor) -> Tensor:
+        if is_sharded(self.tensor) or not has_kernels(self.device):
+            return super().cross_term(left, right)
+        from .perturbation import kernels
+
+        matrix = self.tensor.detach().flatten(1)
+        return kernels.cross_term(matrix.T if self.row_dim else matrix, left, right)
+
     def grid(self, first_block: int = 0) -> Grid:
         first_row, columns = region(self.tensor)
         return replace(super().grid(first_block), first_row=first_row, columns=columns)
@@ -164,6 +176,17 @@ class Bnb4bitWeight(FrozenWeight):
 
     kind = "bnb-4bit"
 
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        try:
+            import bitsandbytes.functional as functional
+        except ImportError as error:
+            raise ImportError(
+                f"{type(layer).__name__} has a 4-bit weight of bitsandbytes, which can't be imported: "
+                "pip install 'flatlora-optim[qlora]'"
+            ) from error
+        self._functional = functional
+
     def _quant_state(self) -> Any:
         state = getattr(self.layer.weight, "quant_state", None)
         return state if state is not None else self.layer.quant_state
@@ -178,17 +201,27 @@ class Bnb4bitWeight(FrozenWeight):
         return device
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit
-
-        packed = self.layer.weight.data
-        state = self._quant_state()
+        packed, state = self.layer.weight.data, copy.copy(self._quant_state())
         if getattr(state, "packing_format_for_cpu", False):
-            # An evaluation on a CPU with AVX512-BF16 repacks the weight for its own kernel.
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+            packed = self._unpack(packed, state)
+        state.dtype = dtype  # dequantized into it at once, as bitsandbytes' forward does
+        values: Tensor = self._functional.dequantize_4bit(packed, state)
+        return values
 
-            packed, state = _convert_weight_packed_for_cpu_inverse(packed, state)
-        values: Tensor = dequantize_4bit(packed, state)
-        return values.to(dtype)
+    def _unpack(self, packed: Tensor, state: Any) -> Tensor:
+        """Undoes the layout that an evaluation on a CPU with AVX512-BF16 gives the weight.
+
+        bitsandbytes' own inverse does so for the codes, but not always for ``absmax``.
+        """
+        state.original_nested = False
+        packed, _ = self._functional._convert_weight_packed_for_cpu_inverse(packed, state)
+        state.absmax = state.absmax.T.reshape(-1).float()
+        return packed
+
+    def slices(self) -> Iterator[tuple[int, int, Tensor]]:
+        values = self.dense(self._quant_state().dtype)
+        for lo, hi in self.grid().spans(self.shape[0]):
+            yield lo, hi, values[lo:hi].float()
 
 
 class Bnb8bitWeight(FrozenWeight):
@@ -212,9 +245,17 @@ class Bnb8bitWeight(FrozenWeight):
         return self._parts()[0].device
 
     def dense(self, dtype: torch.dtype) -> Tensor:
+        return self._dequantized(*self._parts(), dtype)
+
+    def slices(self) -> Iterator[tuple[int, int, Tensor]]:
         codes, scales = self._parts()
-        values: Tensor = codes.to(dtype, copy=True)
+        for lo, hi in self.grid().spans(self.shape[0]):
+            yield lo, hi, self._dequantized(codes[lo:hi], scales[lo:hi], torch.float32)
+
+    @staticmethod
+    def _dequantized(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         # The very operations of MatMul8bitLt.backward, so that its gradient is met to the bit.
+        values = codes.to(dtype, copy=True)
         return values.mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
 
 
@@ -243,9 +284,9 @@ class OpaqueWeight(FrozenWeight):
     @torch.no_grad()
     def _apply(self, x: Tensor) -> Tensor:
         """``x @ W.T``, without the bias."""
-        forward = type(self.layer).forward
+        forward = own_forward(self.layer)
         x = x.to(self._dtype)
-        output: Tensor = forward(self.layer, x) - forward(self.layer, torch.zeros_like(x[:1]))
+        output: Tensor = forward(x) - forward(torch.zeros_like(x[:1]))
         return output.float()
 
     def row_norms_squared(self) -> Tensor:
@@ -267,6 +308,14 @@ class OpaqueWeight(FrozenWeight):
 
     def fingerprint(self) -> tuple[Any, ...]:
         return (id(self.layer),)
+
+
+def own_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The forward that the layer has when there is no noise."""
+    if "flatlora_forward" in layer.__dict__:
+        replaced: Callable[[Tensor], Tensor] | None = layer.__dict__["flatlora_forward"]
+        return replaced or MethodType(type(layer).forward, layer)
+    return layer.forward
 
 
 def _compute_dtype(layer: nn.Module) -> torch.dtype:

@@ -8,28 +8,24 @@ weight, ``subtract`` (the paper's way) lets them drift.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..noise import Noise, rounded_sum
+from ..noise import Noise
 from ..sharding import like, local_part
 from ..targets import Target
 from ..weights import DenseWeight
+from . import arithmetic
+from .arithmetic import bits
 from .base import Perturbation
-from .journal import Journal
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PROBES = 64
 
 
 class WeightChangedError(RuntimeError):
     """A frozen weight was written by somebody else while it carried noise."""
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The tensor's bit patterns, so that NaNs and signed zeros compare as what they are."""
-    return tensor.view(_BITS[tensor.element_size()])
 
 
 class _InPlace(Perturbation):
@@ -122,7 +118,7 @@ class Subtract(_InPlace):
         self._noise: Noise | None = None
         self._perturbed: dict[int, int] = {}
         """First and last row of each block that carries noise right now."""
-        self._journals: dict[int, Journal] = {}
+        self._journals: dict[int, Any] = {}
 
     @torch.no_grad()
     def apply(self, noise: Noise) -> None:
@@ -130,13 +126,14 @@ class Subtract(_InPlace):
         tensor = self.target.weight.tensor
         local = local_part(tensor)
         self._noise, self._tensor = noise, tensor
+        compute = _arithmetic(noise, local)
 
-        def add(lo: int, hi: int, eps: Tensor) -> None:
-            part = local[lo:hi]
-            perturbed = rounded_sum(part, eps)
-            if self.journals:
-                self._journals[lo] = Journal(part.contiguous(), bits(rounded_sum(perturbed, eps, alpha=-1)))
-            _write(part, perturbed, lambda: self._perturbed.__setitem__(lo, hi))
+        def add(lo: int, hi: int) -> None:
+            def note(journal: Any) -> None:
+                self._journals[lo] = journal
+                self._perturbed[lo] = hi
+
+            compute.perturb(local[lo:hi], noise, lo, hi, journal=self.journals, note=note)
 
         noise.for_each_block(add, noise.grid.spans(local.shape[0]))
 
@@ -146,13 +143,7 @@ class Subtract(_InPlace):
             return
         # From here on the weight differs from what was sealed because of us.
         self._seal = None
-        local = local_part(self._tensor)
-
-        def subtract(lo: int, hi: int, eps: Tensor) -> None:
-            part = local[lo:hi]
-            _write(part, self._restored(part, eps, lo), lambda: self._perturbed.pop(lo, None))
-
-        self._noise.for_each_block(subtract, list(self._perturbed.items()))
+        self._subtract_from(local_part(self._tensor), lambda lo: self._perturbed.pop(lo, None))
         self.abandon()
 
     def abandon(self) -> None:
@@ -165,21 +156,21 @@ class Subtract(_InPlace):
         if self._tensor is None or self._noise is None:
             return None
         copy = local_part(self._tensor).clone()
-
-        def subtract(lo: int, hi: int, eps: Tensor) -> None:
-            copy[lo:hi].copy_(self._restored(copy[lo:hi], eps, lo))
-
-        self._noise.for_each_block(subtract, list(self._perturbed.items()))
+        self._subtract_from(copy, lambda lo: None)
         return like(self._tensor, copy)
 
     def nbytes(self) -> int:
-        return sum(journal.nbytes for journal in self._journals.values())
+        return sum(journal.nbytes for journal in self._journals.values() if journal is not None)
 
-    def _restored(self, part: Tensor, eps: Tensor, lo: int) -> Tensor:
-        restored = rounded_sum(part, eps, alpha=-1)
-        if lo in self._journals:
-            self._journals[lo].write_back(restored.view(-1))
-        return restored
+    def _subtract_from(self, local: Tensor, note: Callable[[int], object]) -> None:
+        assert self._noise is not None
+        noise, compute = self._noise, _arithmetic(self._noise, local)
+
+        def subtract(lo: int, hi: int) -> None:
+            journal = self._journals[lo]
+            compute.restore(local[lo:hi], noise, lo, hi, journal=journal, note=lambda: note(lo))
+
+        noise.for_each_block(subtract, list(self._perturbed.items()))
 
 
 class Exact(Subtract):
@@ -196,12 +187,10 @@ RESTORE_MODES: dict[str, type[_InPlace]] = {
 }
 
 
-def _write(part: Tensor, values: Tensor, note: Callable[[], object]) -> None:
-    """Writes a block and takes note of it; an exception in between leaves the two in agreement."""
-    try:
-        part.copy_(values)
-        note()
-    except BaseException:
-        if torch.equal(bits(part.contiguous()), bits(values)):
-            note()
-        raise
+def _arithmetic(noise: Noise, local: Tensor) -> Any:
+    """The module whose ``perturb`` and ``restore`` compute a block: torch operations or kernels."""
+    if noise.has_kernels and local.is_contiguous() and local.dtype != torch.float64:
+        from . import kernels
+
+        return kernels
+    return arithmetic

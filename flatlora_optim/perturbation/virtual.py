@@ -8,7 +8,6 @@ backward and in recomputation; nothing of the weight's size is saved for backwar
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -18,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..noise import Noise
 from ..targets import Target, UnsupportedAdapterError
-from ..weights import FrozenWeight
+from ..weights import FrozenWeight, own_forward
 from .base import Perturbation
 
 Forward = Callable[[Tensor], Tensor]
@@ -35,29 +34,32 @@ class VirtualPerturbation(Perturbation):
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
-        self._forwards = [_noisy_forward(owner, target.weight) for owner in target.owners]
+        self._noise: Noise | None = None
+        # Made once: torch.compile would trace the model again for each new function.
+        self._forwards = [
+            self._forward(owner, _noisy_forward(owner, target.weight)) for owner in target.owners
+        ]
+
+    def _forward(self, owner: nn.Module, noisy: Callable[..., Tensor]) -> Forward:
+        def forward(x: Tensor) -> Tensor:
+            return noisy(owner, self.target.weight, self._noise, x)
+
+        # Tracing would bake one step's noise into the graph.
+        uncompiled: Any = torch.compiler.disable(forward)
+        uncompiled.flatlora = True
+        return cast(Forward, uncompiled)
 
     def apply(self, noise: Noise) -> None:
-        for owner, noisy in zip(self.target.owners, self._forwards, strict=True):
-            _replace_forward(owner, _uncompiled(noisy, owner, self.target.weight, noise))
+        self._noise = noise
+        for owner, forward in zip(self.target.owners, self._forwards, strict=True):
+            _replace_forward(owner, forward)
 
     def remove(self) -> None:
         for owner in self.target.owners:
             _put_forward_back(owner)
+        self._noise = None
 
     abandon = remove
-
-
-def _uncompiled(
-    noisy: Callable[..., Tensor], owner: nn.Module, weight: FrozenWeight, noise: Noise
-) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        return noisy(owner, weight, noise, x)
-
-    # Tracing would bake one step's noise into the graph.
-    uncompiled: Any = torch.compiler.disable(forward)
-    uncompiled.flatlora = True
-    return cast(Forward, uncompiled)
 
 
 def _forward_name(owner: nn.Module) -> str:
@@ -86,9 +88,9 @@ def _put_forward_back(owner: nn.Module) -> None:
 
 def _noisy_forward(owner: nn.Module, weight: FrozenWeight) -> Callable[..., Tensor]:
     """How a layer of this type computes with noise."""
-    if weight.kind == "bnb-4bit":
+    if weight.kind == "bnb-4bit" and isinstance(owner, nn.Linear):
         return _bnb_4bit
-    if weight.kind == "bnb-8bit":
+    if weight.kind == "bnb-8bit" and isinstance(owner, nn.Linear):
         return _bnb_8bit
     if weight.kind == "opaque":
         return _opaque
@@ -96,10 +98,10 @@ def _noisy_forward(owner: nn.Module, weight: FrozenWeight) -> Callable[..., Tens
         return _dense_linear
     if type(owner) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         return _dense_convolution
-    if type(owner) is nn.Embedding:
+    if type(owner) is nn.Embedding and owner.max_norm is None:
         return _dense_embedding
     raise UnsupportedAdapterError(
-        f"virtual mode does not know the forward of {type(owner).__name__}; perturb it in place"
+        f"virtual mode does not know the forward of this {type(owner).__name__}; perturb it in place"
     )
 
 
@@ -117,15 +119,16 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            matrix = ctx.noise.add_to(ctx.weight.dense(ctx.dtype)).to(grad.dtype)
-            grad_x = (grad @ (matrix.T if ctx.weight.row_dim else matrix)).to(ctx.dtype)
+            matrix = ctx.noise.add_to(ctx.weight.dense(ctx.dtype))
+            with _no_autocast(grad):
+                grad_x = grad @ (matrix.T if ctx.weight.row_dim else matrix)
         if ctx.needs_input_grad[1]:
-            grad_bias = grad.flatten(0, -2).sum(0)
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, grad_bias, None, None
 
 
 class _NoiseOnly(torch.autograd.Function):
-    """``x @ eps.T`` one wave of rows at a time."""
+    """``x @ eps.T``, one block of rows at a time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, noise: Noise, dtype: torch.dtype) -> Tensor:
@@ -140,11 +143,11 @@ class _NoiseOnly(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        total: Tensor | None = None
-        for lo, hi in ctx.noise.grid.spans(len(ctx.noise.scales)):
-            term = grad[..., lo:hi] @ ctx.noise.block(lo, hi).to(grad.dtype)
-            total = term if total is None else total.add_(term)
-        assert total is not None
+        rows, columns = len(ctx.noise.scales), ctx.noise.grid.row_size
+        total = grad.new_zeros(*grad.shape[:-1], columns)
+        with _no_autocast(grad):
+            for lo, hi in ctx.noise.grid.spans(rows):
+                total += grad[..., lo:hi] @ ctx.noise.block(lo, hi).to(grad.dtype)
         return total.to(ctx.x_dtype), None, None
 
 
@@ -162,7 +165,7 @@ class _ByItsOwnForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
-        with torch.enable_grad():
+        with torch.enable_grad(), _no_autocast(grad):
             x = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device, requires_grad=True)
             matrix = ctx.noise.add_to(ctx.weight.dense(ctx.dtype))
             (grad_x,) = torch.autograd.grad(ctx.compute(x, matrix), x, grad)
@@ -174,13 +177,21 @@ def _dense_linear(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> 
 
 
 def _linear(x: Tensor, bias: Tensor | None, weight: FrozenWeight, noise: Noise) -> Tensor:
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        # Cast here, as autocast would, so that the weight is made in that dtype at once.
-        dtype = torch.get_autocast_dtype(device)
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    out: Tensor = _Linear.apply(x, bias, weight, noise)
+    out: Tensor = _Linear.apply(*_as_autocast(x, bias), weight, noise)
     return out
+
+
+def _as_autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    # As autocast is about to, so that the weight is made in that dtype at once.
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _dense_convolution(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
@@ -188,10 +199,9 @@ def _dense_convolution(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor
         out: Tensor = owner._conv_forward(x, matrix, None)
         return out
 
+    x, bias = _as_autocast(x, owner.bias)
     out: Tensor = _ByItsOwnForward.apply(x, compute, weight, noise)
-    if owner.bias is not None:
-        out = out + owner.bias.view(-1, *[1] * (len(weight.shape) - 2))
-    return out
+    return out if bias is None else out + bias.view(-1, *[1] * (len(weight.shape) - 2))
 
 
 def _dense_embedding(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
@@ -207,7 +217,7 @@ def _bnb_4bit(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tens
     dtype = x.dtype if owner.compute_dtype is None else owner.compute_dtype
     bias = None if owner.bias is None else owner.bias.to(dtype)
     # bitsandbytes' own kernels compute in `compute_dtype` whatever autocast says.
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x):
         out: Tensor = _Linear.apply(x.to(dtype), bias, weight, noise)
     return out.to(x.dtype)
 
@@ -217,7 +227,7 @@ def _bnb_8bit(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tens
 
 
 def _opaque(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
-    clean: Tensor = type(owner).forward(owner, x)
-    with torch.autocast(x.device.type, enabled=False) if x.is_floating_point() else nullcontext():
+    clean = own_forward(owner)(x)
+    with _no_autocast(x):
         eps: Tensor = _NoiseOnly.apply(x, noise, clean.dtype)
     return clean + eps

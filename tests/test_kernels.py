@@ -1,0 +1,221 @@
+"""The Triton kernels, run by Triton's interpreter on CPU tensors and compiled without a GPU.
+
+The interpreter has to be chosen before Triton is first imported, so these tests run in a process
+of their own, which the first test starts.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import flatlora, int_view, lora_gpt2, lora_mlp, loss_of, mlp_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey, rounded_sum
+
+triton = pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+compiled = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@compiled
+def test_everything_below_under_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout
+
+
+@compiled
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_the_kernels_compile_for_ampere_and_hopper(capability: int, dtype: str) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from flatlora_optim.perturbation import kernels
+
+    journal = {"low": "*i16", "corrections": "*i16", "starts": "*i32", "counts": "*i32"}
+    sizes = {"done": "*i32", "numel": "i32", "row_size": "i32", "seed": "i64", "offset": "i32"}
+    weight = {"weight": f"*{dtype}", "scales": "*fp32"}
+    bits = triton.language.int32 if dtype == "fp32" else triton.language.int16
+    flags = {"ROW_DIM": 0, "JOURNAL": True, "BITS": bits, "TILE": kernels.TILE}
+    matrices = {"weight": f"*{dtype}", "left": "*fp32", "right": "*fp32", "out": "*fp32"}
+    strides = dict.fromkeys(("rows", "columns", "row_stride", "column_stride", "rank"), "i32")
+    cases = [
+        (kernels.perturb_kernel, weight | journal | {"total": "*i32"} | sizes, flags),
+        (kernels.restore_kernel, weight | journal | sizes, flags),
+        (kernels.cross_kernel, matrices | strides, {"RANK": 16, "ROWS": 64, "COLUMNS": 64}),
+        (kernels.fill_kernel, {"out": "*fp32", "numel": "i32", "seed": "i64"}, {"TILE": kernels.TILE}),
+    ]
+    for kernel, arguments, constants in cases:
+        signature = arguments | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kernels._EXACT)
+        assert binary.asm["cubin"]
+        # One rounding where torch has two would make the journal miss elements.
+        assert "fma.rn.f32" not in binary.asm["ptx"] or kernel is kernels.cross_kernel
+
+
+def philox(seed: int, counters: Tensor) -> tuple[Tensor, Tensor]:
+    """The first two words of Philox-4x32-10 (Salmon et al. 2011), in 64-bit torch arithmetic."""
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = counters.long(), *(torch.zeros_like(counters, dtype=torch.int64) for _ in range(3))
+    k0, k1 = seed & mask, seed >> 32
+
+    def multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+        # 32 x 32 bits overflow a signed 64-bit integer: multiply in halves of 16.
+        low = word * (constant & 0xFFFF)
+        high = word * (constant >> 16) + (low >> 16)
+        return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+    for _ in range(10):
+        high0, low0 = multiply(c0, 0xD2511F53)
+        high2, low2 = multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0, c1
+
+
+def standard_normal(seed: int, counters: Tensor) -> Tensor:
+    """Box-Muller on the 31 upper bits of two words, as Triton's ``randn`` does it."""
+
+    def uniform(word: Tensor) -> Tensor:
+        signed = torch.where(word >= 1 << 31, word - (1 << 32), word)
+        return torch.where(signed < 0, -signed - 1, signed).float() * 4.6566127342e-10
+
+    first, second = (uniform(word) for word in philox(seed, counters))
+    return torch.sqrt(-2 * torch.log(first.clamp_min(1e-7))) * torch.cos(second * (2 * math.pi))
+
+
+@interpreted
+@pytest.mark.parametrize("seed", [0, 12345, (1 << 32) - 1])
+def test_the_noise_is_philox_of_the_counters(seed: int) -> None:
+    from flatlora_optim.perturbation import kernels
+
+    z = kernels.fill(torch.empty(3000), seed)
+    torch.testing.assert_close(z, standard_normal(seed, torch.arange(3000)), rtol=1e-5, atol=2e-6)
+
+
+@interpreted
+@settings(max_examples=12)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    shape=st.sampled_from([(1, 1), (3, 700), (37, 130), (5, 3, 2, 2)]),
+    row_dim=st.sampled_from([0, 1]),
+    seed=st.integers(0, 2**40),
+)
+def test_a_block_equals_the_torch_path_and_comes_back(
+    dtype: torch.dtype, shape: tuple[int, ...], row_dim: int, seed: int
+) -> None:
+    from flatlora_optim.perturbation import kernels
+
+    rows, row_size = shape[0], math.prod(shape[1:])
+    torch.manual_seed(seed)
+    weight = (torch.randn(shape) * 0.02).to(dtype)
+    specials = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-41, 65504.0]).to(dtype)
+    weight.view(-1)[: len(specials)] = specials[: weight.numel()]
+    before = weight.clone()
+    scales = torch.rand(rows if row_dim == 0 else row_size) * 0.01
+    noise = Noise(GaussianNoise(), NoiseKey(seed, 3), Grid(rows, row_size, "cpu"), scales, row_dim)
+    expected = rounded_sum(before, noise.block(0, rows)).clone()
+
+    journals: list = []
+    kernels.perturb(weight, noise, 0, rows, journal=True, note=journals.append)
+    numbers = ~before.isnan()
+    assert torch.equal(int_view(weight)[numbers], int_view(expected)[numbers])
+    kernels.restore(weight, noise, 0, rows, journal=journals[0], note=lambda: None)
+    assert torch.equal(int_view(weight), int_view(before))
+
+
+@interpreted
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.bfloat16, 0.20), (torch.float32, 0.35)])
+def test_the_journal_is_as_small_as_that_of_torch(dtype: torch.dtype, bar: float) -> None:
+    from flatlora_optim.perturbation import kernels
+
+    weight = (torch.randn(128, 512) * 0.02).to(dtype)
+    scales = weight.float().norm(dim=1) * 0.05 / 512**0.5
+    noise = Noise(GaussianNoise(), NoiseKey(1, 1), Grid(128, 512, "cpu"), scales)
+    journals: list = []
+    kernels.perturb(weight, noise, 0, 128, journal=True, note=journals.append)
+    assert 0.1 < journals[0].nbytes / weight.numel() <= bar
+
+
+@interpreted
+@pytest.mark.parametrize("rank", [1, 5, 40])
+def test_the_cross_term_of_any_strides(rank: int) -> None:
+    from flatlora_optim.perturbation import kernels
+
+    matrix, left, right = torch.randn(70, 90).bfloat16(), torch.randn(70, rank), torch.randn(rank, 90)
+    expected = (left * (matrix.float() @ right.T)).sum(1)
+    torch.testing.assert_close(kernels.cross_term(matrix, left, right), expected, rtol=1e-4, atol=1e-3)
+    stored = matrix.T.contiguous().T
+    torch.testing.assert_close(kernels.cross_term(stored, left, right), expected, rtol=1e-4, atol=1e-3)
+
+
+@interpreted
+@pytest.mark.parametrize("restore", ["exact", "snapshot"])
+def test_training_with_kernels(restore: str) -> None:
+    torch.set_num_threads(1)  # the interpreter is not thread-safe
+    model, batch = lora_mlp(torch.bfloat16), mlp_batch(dtype=torch.bfloat16)
+    optimizer = flatlora(model, restore=restore)
+    before = {name: int_view(p).clone() for name, p in model.named_parameters() if "base_layer" in name}
+    for _ in range(3):
+        loss_of(model, batch).backward()
+        assert optimizer.metrics()["noise_norm"] > 0
+        assert any(
+            not torch.equal(int_view(p), before[n]) for n, p in model.named_parameters() if n in before
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(torch.equal(int_view(p), before[n]) for n, p in model.named_parameters() if n in before)
+
+
+@interpreted
+def test_transposed_weights_and_a_state_dict_in_the_middle() -> None:
+    torch.set_num_threads(1)
+    model = lora_gpt2()
+    optimizer = flatlora(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "base_layer.weight" in name}
+    with optimizer.perturbed():
+        assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+        state = model.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in before.items())
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+
+
+@interpreted
+def test_an_interrupt_right_after_the_launch_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatlora_optim.perturbation import kernels
+
+    torch.set_num_threads(1)
+    model = lora_mlp()
+    optimizer = flatlora(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run = kernels._run
+
+    def interrupted(part: Tensor, launch, note) -> None:
+        def launch_and_interrupt(done: Tensor) -> None:
+            launch(done)
+            monkeypatch.setattr(kernels, "_run", run)
+            raise KeyboardInterrupt
+
+        run(part, launch_and_interrupt, note)
+
+    monkeypatch.setattr(kernels, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.perturb()
+    assert not optimizer.is_perturbed
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
