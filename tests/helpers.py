@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flatlora_optim import FlatLoRAOptimizer, register
 
-INT_VIEWS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INT_VIEWS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class MLP(nn.Module):
@@ -156,12 +156,9 @@ def fingerprint(model: nn.Module) -> dict[str, Tensor]:
 
 
 def changed_weights(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
-    """The names of the frozen parameters whose bits are no longer those of ``before``."""
-    return {
-        name
-        for name, now in fingerprint(model).items()
-        if now.dtype != before[name].dtype or not torch.equal(now, before[name])
-    }
+    """The names of the parameters whose bits are no longer those of ``before``."""
+    now = {name: int_view(parameter) for name, parameter in model.named_parameters()}
+    return {n for n, old in before.items() if now[n].dtype != old.dtype or not torch.equal(now[n], old)}
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

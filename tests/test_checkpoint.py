@@ -1,0 +1,178 @@
+"""Training goes on bit for bit after a checkpoint, in another process and with other optimizers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import changed_weights, fingerprint, flatlora, lora_mlp, loss_of, mlp_batch, trainable
+from torch import nn
+
+from flatlora_optim import FlatLoRAOptimizer
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "cosine": {"schedule": "cosine", "total_steps": 8},
+    "linear": {"schedule": "linear", "total_steps": 8},
+    "constant": {"schedule": "constant"},
+    "callable": {"schedule": lambda step: 0.1 * step},
+}
+
+
+def build(
+    model: nn.Module, *, seed: int = 11, sigma: float = 0.2, schedule: str = "cosine"
+) -> FlatLoRAOptimizer:
+    options = {"seed": seed, "sigma": sigma, **SCHEDULES[schedule]}
+    return flatlora(model, base=torch.optim.AdamW, lr=0.01, **options)
+
+
+def run(model: nn.Module, optimizer: FlatLoRAOptimizer, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        loss = loss_of(model, mlp_batch(step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def resume(path: str | Path, schedule: str) -> list[float]:
+    """The second half of a run, started from a checkpoint by objects built with other numbers."""
+    model = lora_mlp()
+    optimizer = build(model, seed=99, sigma=0.7, schedule=schedule)
+    saved = torch.load(path, weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return run(model, optimizer, range(4, 8))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[float]]]:
+    """Per schedule: a checkpoint after 4 of 8 steps, and the losses of the uninterrupted rest.
+
+    It is taken in the middle of a step, when the weights carry noise.
+    """
+    found = {}
+    for schedule in SCHEDULES:
+        model = lora_mlp()
+        optimizer = build(model, schedule=schedule)
+        run(model, optimizer, range(4))
+        optimizer.perturb()
+        path = tmp_path_factory.mktemp("checkpoints") / f"{schedule}.pt"
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+        found[schedule] = path, run(model, optimizer, range(4, 8))
+    return found
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_run_goes_on_bit_for_bit(schedule: str, checkpoints: dict[str, tuple[Path, list[float]]]) -> None:
+    path, expected = checkpoints[schedule]
+    assert resume(path, schedule) == expected
+
+
+def test_the_run_goes_on_bit_for_bit_in_a_fresh_process(
+    checkpoints: dict[str, tuple[Path, list[float]]],
+) -> None:
+    path, expected = checkpoints["cosine"]
+    code = "import json, sys, test_checkpoint as t; print(json.dumps(t.resume(sys.argv[1], 'cosine')))"
+    process = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(process.stdout.splitlines()[-1]) == expected
+
+
+def test_what_the_checkpoint_carries() -> None:
+    model = lora_mlp()
+    optimizer = build(model)
+    run(model, optimizer, range(3))
+    other = build(lora_mlp(), seed=5, sigma=0.9, schedule="constant")
+    other.load_state_dict(optimizer.state_dict())
+    assert (other.step_count, other.seed, other.total_steps) == (3, 11, 8)
+    assert other.sigma == optimizer.sigma
+
+
+def test_a_checkpoint_of_the_base_alone_loads_and_keeps_what_it_does_not_know() -> None:
+    def two_groups(model: nn.Module) -> torch.optim.Optimizer:
+        first, *rest = [
+            [p for n, p in model.named_parameters() if p.requires_grad and layer in n]
+            for layer in ("fc1", "fc2")
+        ]
+        return torch.optim.AdamW([{"params": first, "lr": 0.5}, {"params": rest[0]}], lr=0.01)
+
+    plain_model, model = lora_mlp(), lora_mlp()
+    plain = two_groups(plain_model)
+    loss_of(plain_model, mlp_batch()).backward()
+    plain.step()
+    base = two_groups(model)
+    base.param_groups[1]["sigma"] = 0.3
+    optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, total_steps=8, seed=4)
+    run(model, optimizer, range(2))
+    optimizer.load_state_dict(plain.state_dict())
+    assert [group["sigma"] for group in optimizer.param_groups] == [0.1, 0.3]
+    assert (optimizer.step_count, optimizer.seed, optimizer.total_steps) == (2, 4, 8)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.01]
+    for ours, theirs in zip(trainable(model), trainable(plain_model), strict=True):
+        assert torch.equal(optimizer.state[ours]["exp_avg"], plain.state[theirs]["exp_avg"])
+    run(model, optimizer, range(2))
+
+
+def test_our_checkpoint_loads_into_the_base_alone() -> None:
+    model = lora_mlp()
+    optimizer = build(model)
+    run(model, optimizer, range(3))
+    plain_model = lora_mlp()
+    plain = torch.optim.AdamW(trainable(plain_model), lr=1.0)
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert plain.param_groups[0]["lr"] == 0.01
+    loss_of(plain_model, mlp_batch()).backward()
+    plain.step()
+    # ... and from there back to us.
+    again = build(lora_mlp(), seed=1, sigma=0.5)
+    again.load_state_dict(plain.state_dict())
+    assert (again.step_count, again.seed) == (3, 11)
+
+
+def test_loading_ends_the_current_step() -> None:
+    model = lora_mlp()
+    before = fingerprint(model)
+    optimizer = build(model, schedule="constant")
+    state = copy.deepcopy(optimizer.state_dict())
+    adapters = copy.deepcopy(model.state_dict())
+    with optimizer.perturbed():
+        first = fingerprint(model)
+    run(model, optimizer, range(2))
+    loss_of(model, mlp_batch())
+    assert changed_weights(model, before)
+    optimizer.load_state_dict(state)
+    assert not optimizer.is_perturbed
+    assert not changed_weights(model, before)
+    model.load_state_dict(adapters)
+    with optimizer.perturbed():
+        assert not changed_weights(model, first)
+
+
+def test_seeds_beyond_64_bits_survive() -> None:
+    optimizer = build(lora_mlp(), seed=-(2**70))
+    other = build(lora_mlp())
+    other.load_state_dict(optimizer.state_dict())
+    assert other.seed == -(2**70)
+
+
+def test_a_callable_schedule_resumes_with_the_same_callable_only(
+    checkpoints: dict[str, tuple[Path, list[float]]],
+) -> None:
+    saved = torch.load(checkpoints["callable"][0], weights_only=True)["optimizer"]
+    optimizer = build(lora_mlp(), schedule="cosine")
+    with pytest.raises(ValueError, match="same callable as `schedule`"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.step_count == 0

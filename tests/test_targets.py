@@ -1,0 +1,286 @@
+"""What is found, what is skipped and why."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    MLP,
+    OwnLoRA,
+    TinyLM,
+    changed_weights,
+    fingerprint,
+    flatlora,
+    int_view,
+    lora_convnet,
+    lora_gpt2,
+    lora_lm,
+    lora_mlp,
+    loss_of,
+    mlp_batch,
+    trainable,
+    with_lora,
+)
+from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from flatlora_optim import FlatLoRAOptimizer, find_targets, register
+
+FC1, FC2 = "base_model.model.fc1", "base_model.model.fc2"
+
+
+def names(model: nn.Module) -> list[str]:
+    return [target.name.removeprefix("base_model.model.") for target in find_targets(model).targets]
+
+
+def test_every_kind_of_peft_layer_is_found() -> None:
+    assert names(lora_mlp()) == ["fc1", "fc2"]
+    assert names(lora_convnet()) == ["conv1", "conv2", "head"]
+    assert names(lora_lm()) == ["embed", "mix"]
+    block = "transformer.h.0."
+    assert names(lora_gpt2(("c_attn", "c_fc", "wte", "lm_head"))) == [
+        "transformer.wte",
+        f"{block}attn.c_attn",
+        f"{block}mlp.c_fc",
+    ]  # lm_head shares the weight of wte
+
+
+def test_the_name_of_the_adapter_does_not_matter() -> None:
+    config = LoraConfig(target_modules=["fc1"], r=2)
+    model = get_peft_model(MLP(), config, adapter_name="a name with spaces")
+    assert names(model) == ["fc1"]
+    before = fingerprint(model)
+    with flatlora(model).perturbed():
+        assert changed_weights(model, before) == {f"{FC1}.base_layer.weight"}
+
+
+def test_a_single_layer_may_be_the_model() -> None:
+    layer = lora_mlp().base_model.model.fc1
+    assert [target.name for target in find_targets(layer).targets] == [""]
+    before = int_view(layer.base_layer.weight).clone()
+    with flatlora(layer).perturbed():
+        assert not torch.equal(int_view(layer.base_layer.weight), before)
+
+
+class Loralib(nn.Linear):
+    """A Linear that is its own adapter, as in loralib."""
+
+    def __init__(self, inputs: int, outputs: int, r: int = 2) -> None:
+        super().__init__(inputs, outputs)
+        self.weight.requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.randn(r, inputs))
+        self.lora_B = nn.Parameter(torch.zeros(outputs, r))
+        self.scaling = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
+
+
+def test_loralib_layers_are_found_without_registration() -> None:
+    model = nn.Sequential(Loralib(6, 7), nn.ReLU(), Loralib(7, 5))
+    before = fingerprint(model)
+    optimizer = flatlora(model)
+    loss_of(model, mlp_batch()).backward()
+    assert changed_weights(model, before) == {"0.weight", "2.weight"}
+    optimizer.step()
+    assert not changed_weights(model, before)
+
+
+def test_loralib_layers_of_unknown_axes_are_skipped() -> None:
+    layer = Loralib(6, 6)
+    layer.fan_in_fan_out = True
+    with pytest.warns(UserWarning, match=r"1: .*transposed=True"):
+        optimizer = flatlora(nn.ModuleList([Loralib(6, 6), layer]))
+    assert list(optimizer.skipped) == ["1"]
+
+
+class Bottleneck(nn.Module):
+    """A hand-written adapter with names of its own, on a weight that is stored transposed."""
+
+    def __init__(self, inner: nn.Module, r: int = 2) -> None:
+        super().__init__()
+        self.inner = inner
+        self.down = nn.Linear(inner.kernel.shape[0], r, bias=False)
+        self.up = nn.Linear(r, inner.kernel.shape[1], bias=False)
+        self.strength = nn.Parameter(torch.tensor(0.5), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.inner.kernel + self.up(self.down(x)) * self.strength
+
+
+def bottleneck() -> Bottleneck:
+    inner = nn.Module()
+    inner.kernel = nn.Parameter(torch.randn(6, 5) * torch.tensor([1.0, 1, 1, 1, 1000]), requires_grad=False)
+    return Bottleneck(inner)
+
+
+def test_any_module_may_be_registered() -> None:
+    module = bottleneck()
+    with pytest.raises(ValueError, match="no LoRA module"):
+        flatlora(module)
+    returned = register(
+        module,
+        weight="inner.kernel",
+        lora_A="down.weight",
+        lora_B="up.weight",
+        scaling="strength",
+        transposed=True,
+    )
+    assert returned is module
+    clean = module.inner.kernel.clone()
+    optimizer = flatlora(module, lr=1e-6)
+    loss_of(module, mlp_batch()).backward()
+    noise = (module.inner.kernel - clean).norm(dim=0)
+    assert noise[4] > 100 * noise[:4].max() > 0  # an output neuron is a column here
+    assert torch.equal(module.state_dict()["inner.kernel"], clean)
+    optimizer.step()
+    assert torch.equal(module.inner.kernel, clean)
+
+
+def test_a_registration_outlives_moves_and_copies() -> None:
+    layer = OwnLoRA(torch.randn(4, 4))
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.double()):
+        assert len(find_targets(twin).targets) == 1
+        with flatlora(twin).perturbed():
+            pass
+
+
+def skipped_by(optimizer: FlatLoRAOptimizer) -> dict[str, str]:
+    return {name.removeprefix("base_model.model."): reason for name, reason in optimizer.skipped.items()}
+
+
+def test_what_is_skipped_is_reported_once() -> None:
+    model = lora_mlp()
+    optimized = [p for name, p in model.named_parameters() if "fc1" in name and p.requires_grad]
+    with pytest.warns(
+        UserWarning, match=r"leaves these adapters unperturbed:\n.*fc2: .*not in the optimizer"
+    ) as w:
+        optimizer = FlatLoRAOptimizer(
+            torch.optim.SGD(optimized, lr=0.1), model, sigma=0.1, schedule="constant"
+        )
+    assert len(w) == 1
+    assert w[0].filename == __file__
+    assert skipped_by(optimizer) == {"fc2": "its adapter's parameters are not in the optimizer"}
+    assert "1 adapters skipped" in repr(optimizer)
+    before = fingerprint(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_of(model, mlp_batch())
+    assert changed_weights(model, before) == {f"{FC1}.base_layer.weight"}
+
+
+@pytest.mark.filterwarnings("ignore:Flat-LoRA leaves:UserWarning")
+class TestSkipped:
+    def test_grouped_convolutions(self) -> None:
+        optimizer = flatlora(lora_convnet(groups=4))
+        assert list(skipped_by(optimizer)) == ["conv2"]
+        assert "mixes channels" in skipped_by(optimizer)["conv2"]
+
+    def test_other_peft_methods_next_to_lora(self) -> None:
+        model = lora_mlp()
+        ia3 = get_peft_model(MLP(), IA3Config(target_modules=["fc1"], feedforward_modules=[]))
+        both = nn.ModuleDict({"lora": model, "ia3": ia3})
+        optimizer = flatlora(both)
+        assert len(optimizer.targets) == 2
+        assert ["does not add a product" in reason for reason in optimizer.skipped.values()] == [True]
+
+    def test_an_inactive_adapter(self) -> None:
+        config = LoraConfig(target_modules=["fc2"], r=2)
+        model = lora_mlp()
+        model.add_adapter("second", config)
+        model.set_adapter("second")
+        optimizer = flatlora(model)
+        assert skipped_by(optimizer) == {"fc1": "none of its adapters is active"}
+
+    def test_target_parameters(self) -> None:
+        config = LoraConfig(target_modules=["fc1"], target_parameters=["fc2.weight"], r=2)
+        optimizer = flatlora(get_peft_model(MLP(), config))
+        assert list(skipped_by(optimizer)) == ["fc2"]
+        assert "target_parameters" in skipped_by(optimizer)["fc2"]
+
+    def test_attention_whose_weight_peft_merges_in_each_forward(self) -> None:
+        inner = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "fc1": nn.Linear(8, 8)})
+        optimizer = flatlora(with_lora(inner, ["attention", "fc1"]))
+        assert "in_proj_weight" in skipped_by(optimizer)["attention"]
+
+
+def test_an_adapter_that_is_switched_off_gets_no_noise() -> None:
+    model = lora_mlp()
+    model.add_adapter("second", LoraConfig(target_modules=["fc2"], r=2))
+    before = fingerprint(model)
+    optimizer = flatlora(model)
+    with optimizer.perturbed():
+        assert changed_weights(model, before) == {f"{FC1}.base_layer.weight", f"{FC2}.base_layer.weight"}
+    optimizer.step()
+    model.set_adapter("second")  # fc1 has no such adapter; fc2's is not in the optimizer
+    with optimizer.perturbed():
+        assert not changed_weights(model, before)
+    optimizer.step()
+    model.set_adapter("default")
+    with optimizer.perturbed():
+        assert changed_weights(model, before) == {f"{FC1}.base_layer.weight", f"{FC2}.base_layer.weight"}
+
+
+@pytest.mark.parametrize("targets", [("embed", "lm_head"), ("embed",), ("lm_head",)])
+def test_a_tied_weight_is_perturbed_once(targets: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    model = with_lora(TinyLM(tied=True), list(targets))
+    shared = model.base_model.model.embed.weight
+    before = int_view(shared).clone()
+    optimizer = flatlora(model, noise=_Ones())
+    assert len(optimizer.targets) == 1
+    clean = shared.detach().clone()
+    tokens = torch.arange(6).view(2, 3)
+    model(tokens).square().mean().backward()
+    expected = optimizer.sigma * _merged(model, targets[0], clean).norm(dim=1) / clean.shape[1] ** 0.5
+    torch.testing.assert_close(shared - clean, expected[:, None].expand_as(clean), rtol=1e-3, atol=1e-6)
+    state = model.state_dict()
+    for name, value in state.items():
+        if name.endswith(
+            ("embed.base_layer.weight", "embed.weight", "lm_head.base_layer.weight", "lm_head.weight")
+        ):
+            assert torch.equal(int_view(value), before), name
+    optimizer.step()
+    assert torch.equal(int_view(shared), before)
+
+
+class _Ones:
+    def block(self, key: Any, number: int, out: Tensor) -> Tensor:
+        return out.fill_(1)
+
+
+def _merged(model: nn.Module, layer: str, weight: Tensor) -> Tensor:
+    return weight + getattr(model.base_model.model, layer).get_delta_weight("default").detach()
+
+
+def test_nested_adapters_perturb_their_weight_once() -> None:
+    inner = get_peft_model(MLP(), LoHaConfig(target_modules=["fc1", "fc2"], r=2))
+    model = get_peft_model(inner, LoraConfig(target_modules=["fc1"], r=2))
+    weights = {name for name, _ in model.named_parameters() if name.endswith("base_layer.weight")}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name or "hada" in name)
+    before = fingerprint(model)
+    optimizer = flatlora(model)
+    assert len(optimizer.targets) == len(weights) == 2
+    with optimizer.perturbed():
+        assert changed_weights(model, before) == weights
+    assert not changed_weights(model, before)
+
+
+def test_a_trainable_weight_elsewhere_is_none_of_our_business() -> None:
+    model = with_lora(MLP(), ["fc1"], modules_to_save=["fc2"])
+    optimizer = flatlora(model)
+    assert len(optimizer.targets) == 1
+    head = [p for n, p in model.named_parameters() if "modules_to_save" in n]
+    old = [p.detach().clone() for p in head]
+    loss_of(model, mlp_batch()).backward()
+    assert all(torch.equal(p, o) for p, o in zip(head, old, strict=True))
+    optimizer.step()
+    assert all(not torch.equal(p, o) for p, o in zip(head, old, strict=True))
+    assert set(map(id, head)) <= set(map(id, trainable(model)))
