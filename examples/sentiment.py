@@ -111,10 +111,20 @@ def hub_dataset(name: str) -> tuple[list[Example], list[Example]]:
 
 
 def shuffled_for_ever(examples: list[Example], size: int, seed: int) -> Iterator[list[Example]]:
+    """Random batches; sentences of like length together, so that little is padded."""
     generator = random.Random(seed)
     while True:
-        order = generator.sample(examples, len(examples))
-        yield from (order[i : i + size] for i in range(0, len(order) - size + 1, size))
+        for pool in pieces(generator.sample(examples, len(examples)), 16 * size):
+            batches = pieces(sorted(pool, key=length), size)
+            yield from generator.sample(batches, len(batches))
+
+
+def pieces(examples: list[Example], size: int) -> list[list[Example]]:
+    return [examples[i : i + size] for i in range(0, len(examples), size)]
+
+
+def length(example: Example) -> int:
+    return len(example[0])
 
 
 # ---------------------------------------------------------------------- model and training
@@ -183,9 +193,7 @@ def accuracy(model: torch.nn.Module, batches: Iterable[Batch]) -> float:
 
 
 def in_batches(examples: list[Example], collate: Callable[[list[Example]], Batch]) -> list[Batch]:
-    """Sentences of like length together, so that little is padded."""
-    ordered = sorted(examples, key=lambda example: len(example[0]))
-    return [collate(ordered[i : i + 32]) for i in range(0, len(ordered), 32)]
+    return [collate(piece) for piece in pieces(sorted(examples, key=length), 32)]
 
 
 def mean_loss(batches: list[Batch]) -> Callable[[torch.nn.Module], torch.Tensor]:
