@@ -35,6 +35,7 @@ from .perturbation import (
     Perturbation,
     VirtualPerturbation,
     WeightChangedError,
+    apply_all,
     choose_perturbation,
     remove_all,
 )
@@ -259,16 +260,9 @@ class FlatLoRAOptimizer(Optimizer):
         self._reshard()
         noises = self._draw()
         with self._timed():
-            try:
-                for perturbation, noise in zip(self._perturbations, noises, strict=True):
-                    if noise is not None:
-                        self._noise_was_on = True
-                        perturbation.apply(noise)
-                        perturbation.seal()
-                self._is_perturbed = True
-            except BaseException:
-                remove_all(self._perturbations)
-                raise
+            apply_all(self._perturbations, noises)
+            self._is_perturbed = True
+            self._noise_was_on |= any(noise is not None for noise in noises)
 
     def _remove(self) -> None:
         self._reshard()
@@ -282,10 +276,6 @@ class FlatLoRAOptimizer(Optimizer):
             ]
             try:
                 remove_all(self._perturbations)
-            except BaseException:
-                # An interrupt, perhaps before any was removed. Removing twice does no harm.
-                remove_all(self._perturbations)
-                raise
             finally:
                 self._is_perturbed = self._explicit = False
             for norms in rewritten:

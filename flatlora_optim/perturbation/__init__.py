@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TypeVar
 
+import torch
+
+from ..noise import Noise
+from ..parallel import for_each
 from ..targets import Target, UnsupportedAdapterError
 from .base import Perturbation
 from .in_place import RESTORE_MODES, WeightChangedError
@@ -14,9 +20,12 @@ __all__ = [
     "Perturbation",
     "VirtualPerturbation",
     "WeightChangedError",
+    "apply_all",
     "choose_perturbation",
     "remove_all",
 ]
+
+T = TypeVar("T")
 
 
 def choose_perturbation(target: Target, mode: str, restore: str) -> Perturbation:
@@ -33,14 +42,39 @@ def choose_perturbation(target: Target, mode: str, restore: str) -> Perturbation
     return RESTORE_MODES[restore](target)
 
 
-def remove_all(perturbations: Iterable[Perturbation]) -> None:
+def apply_all(perturbations: Sequence[Perturbation], noises: Sequence[Noise | None]) -> None:
+    """Applies each noise, if there is one, to its target. Takes all back on an exception."""
+
+    def apply(pair: tuple[Perturbation, Noise | None]) -> None:
+        perturbation, noise = pair
+        if noise is not None:
+            perturbation.apply(noise)
+            perturbation.seal()
+
+    try:
+        _each(apply, list(zip(perturbations, noises, strict=True)), perturbations)
+    except BaseException:
+        remove_all(perturbations)
+        raise
+
+
+def remove_all(perturbations: Sequence[Perturbation]) -> None:
     """Removes every one, also when an exception (Ctrl-C, say) arrives in between."""
-    interruption: BaseException | None = None
-    for perturbation in perturbations:
-        try:
-            perturbation.remove()
-        except BaseException as error:
-            interruption = interruption or error
-            perturbation.remove()
-    if interruption is not None:
-        raise interruption
+    try:
+        _each(lambda perturbation: perturbation.remove(), perturbations, perturbations)
+    except BaseException:
+        # Removing twice does no harm, and one that can't be removed must not keep the others.
+        for perturbation in perturbations:
+            with suppress(Exception):
+                perturbation.remove()
+        raise
+
+
+def _each(work: Callable[[T], object], items: Sequence[T], perturbations: Sequence[Perturbation]) -> None:
+    """Many small weights share the threads out among them; few large ones use all, one by one."""
+    on_cpu = all(p.target.weight.device.type == "cpu" for p in perturbations)
+    if on_cpu and len(items) >= 4 * torch.get_num_threads():
+        for_each(work, items)
+    else:
+        for item in items:
+            work(item)
