@@ -1,0 +1,223 @@
+"""Virtual mode on dense weights: the two modes check each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    assert_equal_tensors,
+    changed_weights,
+    fingerprint,
+    flatlora,
+    gradients,
+    lora_convnet,
+    lora_gpt2,
+    lora_lm,
+    lora_mlp,
+    loss_of,
+    mlp_batch,
+    with_lora,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+TOKENS = torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]])
+
+
+def mlp_loss(model: nn.Module) -> Tensor:
+    return loss_of(model, mlp_batch())
+
+
+def conv_loss(model: nn.Module) -> Tensor:
+    images = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    return F.cross_entropy(model(images).float(), torch.tensor([0, 3]))
+
+
+def lm_loss(model: nn.Module) -> Tensor:
+    return F.cross_entropy(model(TOKENS).flatten(0, 1).float(), TOKENS.flatten())
+
+
+def gpt2_loss(model: nn.Module) -> Tensor:
+    return model(input_ids=TOKENS, labels=TOKENS).loss
+
+
+CASES = {
+    "Linear": (lora_mlp, mlp_loss),
+    "Conv2d, plain and grouped": (lora_convnet, conv_loss),
+    "Embedding": (lora_lm, lm_loss),
+    "Conv1D": (lora_gpt2, gpt2_loss),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_the_two_modes_agree(case: str, bias: str) -> None:
+    make, loss_fn = CASES[case]
+
+    def run(mode: str, sigma: float = 0.3) -> tuple[list[float], dict[str, Tensor]]:
+        model = make(bias=bias)
+        optimizer = flatlora(model, mode=mode, sigma=sigma)
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = loss_fn(model)
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+        return losses, gradients(model)
+
+    virtual, in_place, clean = run("virtual"), run("in_place"), run("virtual", sigma=0.0)
+    assert virtual[0] == pytest.approx(in_place[0], rel=5e-6)
+    assert virtual[0] != pytest.approx(clean[0], rel=1e-4)
+    assert virtual[1].keys() == in_place[1].keys()
+    assert any("bias" in name for name in virtual[1]) == (bias == "all")
+    for name, gradient in virtual[1].items():
+        torch.testing.assert_close(gradient, in_place[1][name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_never_written_and_forwards_come_back(case: str) -> None:
+    make, loss_fn = CASES[case]
+    model = make()
+    before = fingerprint(model)
+    optimizer = flatlora(model, mode="virtual")
+    versions = {n: p._version for n, p in model.named_parameters() if not p.requires_grad}
+    clean = loss_fn(model.eval())
+    with optimizer.perturbed():
+        assert loss_fn(model) != clean
+    assert {n: p._version for n, p in model.named_parameters() if not p.requires_grad} == versions
+    assert not changed_weights(model, before)
+    assert loss_fn(model) == clean
+    assert not any({"forward", "flatlora_forward"} & vars(module).keys() for module in model.modules())
+
+
+def test_sigma_zero_leaves_the_layers_own_forward_in_place() -> None:
+    model = lora_mlp()
+    optimizer = flatlora(model, mode="virtual", schedule="cosine", total_steps=4)
+    plain = lora_mlp()
+    with optimizer.perturbed():
+        assert "forward" not in model.base_model.model.fc1.base_layer.__dict__
+        mlp_loss(model).backward()
+    mlp_loss(plain).backward()
+    assert_equal_tensors(gradients(model), gradients(plain))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_autocast(case: str, dtype: torch.dtype) -> None:
+    make, loss_fn = CASES[case]
+
+    def run(mode: str, sigma: float = 0.3) -> tuple[Tensor, Tensor]:
+        model = make(bias="all")
+        flat = flatlora(model, mode=mode, sigma=sigma)
+        with torch.autocast("cpu", dtype):
+            loss = loss_fn(model)
+            loss.backward()
+        flat.restore()
+        return loss.detach(), torch.cat([g.flatten() for g in gradients(model).values()])
+
+    (virtual, virtual_grads), (in_place, in_place_grads) = run("virtual"), run("in_place")
+    torch.testing.assert_close(virtual, in_place, rtol=0.02, atol=0)
+    assert (virtual_grads - in_place_grads).norm() < 0.02 * in_place_grads.norm()
+    assert (virtual_grads - run("virtual", sigma=0.0)[1]).norm() > 0.06 * in_place_grads.norm()
+
+
+class Twice(nn.Module):
+    """Uses one layer twice in a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+class Checkpointed(Twice):
+    """The same, recomputed in backward."""
+
+    use_reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        return checkpoint(super().forward, x, use_reentrant=self.use_reentrant)
+
+
+def gradients_of_two_micro_batches(model: nn.Module, mode: str) -> dict[str, Tensor]:
+    """Of two accumulated micro-batches with two forwards each, at one step's noise."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = with_lora(model, ["layer"])
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.4)
+    optimizer = flatlora(model, mode=mode, sigma=0.3)
+    for i in range(2):
+        (model(mlp_batch(i)[0]).square().sum() + model(mlp_batch(i + 2)[0]).sum()).backward()
+    optimizer.step()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_one_noise_for_all_uses_in_a_step_and_for_recomputation(use_reentrant: bool) -> None:
+    expected = gradients_of_two_micro_batches(Twice(), "in_place")
+    for model in (Twice(), Checkpointed()):
+        model.use_reentrant = use_reentrant
+        actual = gradients_of_two_micro_batches(model, "virtual")
+        for name, gradient in actual.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_graph_outlives_its_noise() -> None:
+    """Backward after ``restore`` differentiates the noisy function that forward computed."""
+    expected, actual = lora_mlp(), lora_mlp()
+    with flatlora(expected, mode="virtual").perturbed():
+        mlp_loss(expected).backward()
+    with flatlora(actual, mode="virtual").perturbed():
+        loss = mlp_loss(actual)
+    loss.backward()
+    assert_equal_tensors(gradients(actual), gradients(expected))
+
+
+def test_compiled_model() -> None:
+    def run(wrap: Callable[[nn.Module], nn.Module], sigma: float) -> list[float]:
+        model = lora_mlp()
+        optimizer = flatlora(model, mode="virtual", sigma=sigma, lr=0.01)
+        called = wrap(model)
+        losses = []
+        for i in range(12):
+            loss = mlp_loss(called)
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+            if i % 4 == 3:
+                model.eval()
+                with torch.no_grad():
+                    losses.append(mlp_loss(called).item())
+                model.train()
+        return losses
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = run(lambda model: torch.compile(model, backend="aot_eager"), 0.3)
+    assert compiled == pytest.approx(run(lambda model: model, 0.3), rel=1e-4)
+    assert compiled != pytest.approx(run(lambda model: model, 0.0), rel=1e-2)
+    # A new graph per step would hit the recompilation limit and fall back to eager.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < 12
+
+
+class Doubling(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("layer", [Doubling(6, 6), nn.Embedding(6, 6, max_norm=1.0)])
+def test_a_layer_whose_forward_is_unknown_is_refused(layer: nn.Module) -> None:
+    model = Twice()
+    model.layer = layer
+    with pytest.raises(ValueError, match="virtual mode does not know the forward"):
+        flatlora(with_lora(model, ["layer"]), mode="virtual")
