@@ -260,8 +260,13 @@ class FlatLoRAOptimizer(Optimizer):
         self._reshard()
         noises = self._draw()
         with self._timed():
-            apply_all(self._perturbations, noises)
+            # Known before it is true: an interrupt right after must find something to restore.
             self._is_perturbed = True
+            try:
+                apply_all(self._perturbations, noises)
+            except BaseException:
+                self._is_perturbed = False
+                raise
             self._noise_was_on |= any(noise is not None for noise in noises)
 
     def _remove(self) -> None:
@@ -276,6 +281,10 @@ class FlatLoRAOptimizer(Optimizer):
             ]
             try:
                 remove_all(self._perturbations)
+            except BaseException:
+                # It may have been interrupted before it began. Removing twice does no harm.
+                remove_all(self._perturbations)
+                raise
             finally:
                 self._is_perturbed = self._explicit = False
             for norms in rewritten:
