@@ -136,6 +136,19 @@ def flat(recipe: settings.Recipe, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+@pytest.mark.parametrize("name", settings.NAMES)
+def test_readme_states_the_settings(name: str) -> None:
+    table = (FOLDER / "README.md").read_text().split("## Settings")[1]
+    row = next(line for line in table.splitlines() if line.startswith(f"| `{name}` |"))
+    sigma, rank, alpha, learning_rate, length, batch = [cell.strip() for cell in row.split("|")[5:11]]
+    recipe = settings.load(name, {"nlu": "cola", "image": "cars"}.get(name))
+    assert (float(sigma), int(batch)) == (recipe["sigma"], recipe["batch_size"])
+    assert (int(rank), int(alpha)) == (recipe["lora"]["r"], recipe["lora"]["lora_alpha"])
+    assert float(learning_rate) == recipe["training"]["learning_rate"]
+    steps, epochs = recipe["training"].get("max_steps"), recipe["training"].get("num_train_epochs")
+    assert f"{steps} steps" in length or f"{epochs} epochs" in length
+
+
 def test_sigma_zero_is_plain_lora(smoke: Callable[..., Run]) -> None:
     run = smoke("math", None, "sigma=0")
     assert set(run.logged("flatlora/noise_norm")) == {0.0}

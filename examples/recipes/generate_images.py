@@ -10,7 +10,6 @@ from pathlib import Path
 
 import settings
 import torch
-from accelerate import PartialState
 from diffusers import StableDiffusionXLPipeline
 from peft import PeftModel
 
@@ -26,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = settings.saved(options.run)
     pipeline = StableDiffusionXLPipeline.from_pretrained(recipe["model"], dtype=settings.dtype(recipe))
     pipeline.unet = PeftModel.from_pretrained(pipeline.unet, options.run).merge_and_unload()
-    pipeline.to(PartialState().device)
+    pipeline.to(settings.processes().device)
     side = recipe["data"]["resolution"]
     for seed in range(options.seeds):
         image = pipeline(

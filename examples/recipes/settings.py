@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from jinja2 import Environment, StrictUndefined
 
 Recipe = dict[str, Any]
@@ -72,6 +74,11 @@ def saved(folder: Path) -> Recipe:
 def dtype(recipe: Recipe) -> torch.dtype:
     value: torch.dtype = getattr(torch, recipe["dtype"])
     return value
+
+
+def processes() -> PartialState:
+    """This process among those of the run, and its device."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image as Picture
-from settings import Recipe, merge
+from settings import Recipe, merge, processes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPConfig,
@@ -45,10 +45,13 @@ Row = dict[str, Any]
 def shrink(recipe: Recipe, folder: Path) -> Recipe:
     """Writes a tiny model and a few rows to ``folder``, and returns the recipe that uses them."""
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    torch.manual_seed(0)
     model, rows = folder / "model", folder / "data"
-    write_rows(recipe["data"], rows)
-    MODELS[recipe["task"]](model)
+    state = processes()
+    if state.is_main_process:
+        torch.manual_seed(0)
+        write_rows(recipe["data"], rows)
+        MODELS[recipe["task"]](model)
+    state.wait_for_everyone()
     steps = {"max_steps": 4} if "max_steps" in recipe["training"] else {"num_train_epochs": 1}
     smaller: Recipe = {
         "model": str(model),

@@ -15,9 +15,7 @@ from pathlib import Path
 
 import settings
 import torch
-from accelerate import PartialState
 from settings import Recipe
-from smoke import shrink
 from tasks import build
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -57,7 +55,7 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> Trainer:
 
 def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     """Splits the recipe's batch over devices and accumulation steps."""
-    at_once = recipe["micro_batch_size"] * PartialState().num_processes
+    at_once = recipe["micro_batch_size"] * settings.processes().num_processes
     accumulation, rest = divmod(recipe["batch_size"], at_once)
     if rest or not accumulation:
         raise SystemExit(
@@ -86,6 +84,8 @@ def main(arguments: list[str] | None = None) -> Trainer:
     recipe = settings.load(options.recipe, options.variant)
     output = options.output or Path("outputs") / (recipe["name"] + ("-smoke" if options.smoke else ""))
     if options.smoke:
+        from smoke import shrink
+
         recipe = shrink(recipe, output / "smoke")
     return train(settings.override(recipe, options.set), output, options.resume)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,17 +32,19 @@ class Task:
     tokenizer: Any = None
 
 
-def build(recipe: Recipe) -> Task:
-    """Loads model and data of a recipe."""
-    from . import image_classification, text, text_to_image
+MODULES = {
+    "causal_lm": "text",
+    "seq2seq": "text",
+    "image_classification": "image_classification",
+    "text_to_image": "text_to_image",
+}
 
-    makers = {
-        "causal_lm": text.causal_lm,
-        "seq2seq": text.seq2seq,
-        "image_classification": image_classification.build,
-        "text_to_image": text_to_image.build,
-    }
-    return makers[recipe["task"]](recipe)
+
+def build(recipe: Recipe) -> Task:
+    """Loads model and data of a recipe. Imports what its modality needs, and no more."""
+    module = importlib.import_module(f".{MODULES[recipe['task']]}", __name__)
+    task: Task = module.build(recipe)
+    return task
 
 
 def lora_config(recipe: Recipe, **more: Any) -> LoraConfig:

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
 from peft import TaskType, get_peft_model, prepare_model_for_kbit_training
-from settings import Recipe, dtype, holds, render
+from settings import Recipe, dtype, holds, processes, render
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -25,11 +24,9 @@ IGNORED = -100
 """The label of tokens that the loss leaves out."""
 
 
-def causal_lm(recipe: Recipe) -> Task:
-    return _build(recipe, AutoModelForCausalLM, TaskType.CAUSAL_LM, _continuation)
-
-
-def seq2seq(recipe: Recipe) -> Task:
+def build(recipe: Recipe) -> Task:
+    if recipe["task"] == "causal_lm":
+        return _build(recipe, AutoModelForCausalLM, TaskType.CAUSAL_LM, _continuation)
     return _build(recipe, AutoModelForSeq2SeqLM, TaskType.SEQ_2_SEQ_LM, _translation)
 
 
@@ -57,7 +54,7 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype(recipe),
     )
-    return {"quantization_config": config, "device_map": {"": PartialState().device}}
+    return {"quantization_config": config, "device_map": {"": processes().device}}
 
 
 def _encode_rows(recipe: Recipe, encode: Callable[[Row], Row]) -> Dataset:

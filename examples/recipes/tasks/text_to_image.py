@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from peft import get_peft_model
-from settings import Recipe, dtype, render
+from settings import Recipe, dtype, processes, render
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,7 +54,7 @@ def build(recipe: Recipe) -> Task:
 @torch.no_grad()
 def _encode_rows(recipe: Recipe, pipeline: Any) -> list[dict[str, Tensor]]:
     """Runs VAE and text encoders once over the few images, so that training needs the UNet alone."""
-    data, device = recipe["data"], PartialState().device
+    data, device = recipe["data"], processes().device
     side = data["resolution"]
     processor = VaeImageProcessor(vae_scale_factor=pipeline.vae_scale_factor)
     frozen = [pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2]
