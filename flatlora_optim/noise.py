@@ -21,7 +21,7 @@ from .parallel import for_each, scratch
 
 # Elements per block. On the CPU a block stays in a core's own cache while it is generated, added
 # and journaled; an accelerator wants few, large kernels instead.
-_CPU_BLOCK = 1 << 16
+_CPU_BLOCK = 1 << 18
 _DEVICE_BLOCK = 1 << 22
 
 _MASK32 = 0xFFFFFFFF
@@ -211,8 +211,11 @@ class Noise:
         """Adds the noise in place, in float32, rounding once to the weight's dtype."""
 
         def add(lo: int, hi: int) -> None:
-            part = weight[lo:hi]
-            part.copy_(rounded_sum(part, self.block(lo, hi)))
+            part, eps = weight[lo:hi], self.block(lo, hi)
+            if part.dtype == torch.float32:
+                part.add_(eps.view(part.shape))
+            else:
+                part.copy_(rounded_sum(part, eps))
 
         self.for_each_block(add, self.grid.spans(weight.shape[0]))
         return weight

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .noise import Grid, has_kernels
+from .parallel import scratch
 from .sharding import is_sharded, local_part, region, sum_over_parts
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -146,7 +147,10 @@ class DenseWeight(FrozenWeight):
     def slices(self) -> Iterator[tuple[int, int, Tensor]]:
         local, grid = local_part(self.tensor), self.grid()
         for lo, hi in grid.spans(local.shape[0]):
-            yield grid.first_row + lo, grid.first_row + hi, local[lo:hi].float().flatten(1)
+            part = local[lo:hi]
+            if part.dtype != torch.float32:
+                part = scratch("values", part.shape, torch.float32, part.device).copy_(part)
+            yield grid.first_row + lo, grid.first_row + hi, part.flatten(1)
 
     def cross_term(self, left: Tensor, right: Tensor) -> Tensor:
         if is_sharded(self.tensor) or not has_kernels(self.device):

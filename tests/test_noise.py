@@ -279,7 +279,7 @@ def test_any_shard_gets_its_part_of_the_whole(
 
 
 def test_blocks_may_be_made_in_any_order() -> None:
-    grid = Grid(12, 20_000, "cpu", 4)
+    grid = Grid(12, 80_000, "cpu", 4)
     noise = Noise(GaussianNoise(), NoiseKey(0, 0), grid, torch.ones(12))
     spans = grid.spans(12)
     assert len(spans) == grid.blocks == 4
