@@ -1,0 +1,63 @@
+"""Flat-LoRA on several processes with Accelerate; each draws its own noise.
+
+accelerate launch --num_processes 2 --cpu examples/accelerate_ddp.py [--steps 200] [--sigma 0.05]
+"""
+
+import argparse
+
+import tiny
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+
+from flatlora_optim import FlatLoRAOptimizer
+
+
+def main(steps: int, sigma: float) -> None:
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    set_seed(0)
+    model = tiny.model()
+    base = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-3)
+    optimizer = FlatLoRAOptimizer(base, model, sigma=sigma, total_steps=steps, seed=42)
+    model, prepared, loader, held_out = accelerator.prepare(
+        model,
+        optimizer,
+        DataLoader(tiny.Counting(2048), batch_size=8, shuffle=True),
+        DataLoader(tiny.Counting(256, seed=1), batch_size=128),
+    )
+
+    model.train()
+    while optimizer.step_count < steps:
+        for batch in loader:
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                prepared.step()
+                prepared.zero_grad()
+            done = optimizer.step_count
+            if accelerator.sync_gradients and done % max(1, steps // 10) == 0:
+                accelerator.print(
+                    f"step {done:4d}/{steps}  loss {loss.item():.3f}  sigma {optimizer.sigma:.4f}"
+                )
+            if done == steps:
+                break
+
+    model.eval()
+    with torch.no_grad():
+        losses = [accelerator.gather(model(**batch).loss).mean().item() for batch in held_out]
+    accelerator.print(
+        f"Result: loss {sum(losses) / len(losses):.3f} on held-out sequences, "
+        f"{accelerator.num_processes} processes"
+    )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--sigma", type=float, default=0.05)
+    options = parser.parse_args()
+    main(options.steps, options.sigma)
