@@ -142,6 +142,12 @@ class FlatLoRAOptimizer(Optimizer):
         }
         for group in base.param_groups:
             checkpoint.check_sigma(group.get(SIGMA, sigma))
+            if STEP in group:
+                raise ValueError(
+                    "the param groups of base carry the state of another FlatLoRAOptimizer, which would "
+                    "silently replace these options: make a new base optimizer, and load a checkpoint "
+                    "by `FlatLoRAOptimizer.load_state_dict`"
+                )
 
         optimized = {id(p) for group in base.param_groups for p in group["params"]}
         found = find_targets(model, lambda target: _why_not_optimized(target, optimized))
@@ -159,6 +165,10 @@ class FlatLoRAOptimizer(Optimizer):
             raise ValueError(_nothing_found(model, found.report()))
 
         # Nothing has been changed up to here, and nothing below fails.
+        for other in hooks.attached_optimizers(model):
+            # One that is forgotten but not collected yet, as when a notebook's cell runs again.
+            if not optimized.isdisjoint(id(p) for group in other.param_groups for p in group["params"]):
+                other.close()
         self.base = base
         self._model = model
         self.skipped = found.skipped
@@ -203,8 +213,14 @@ class FlatLoRAOptimizer(Optimizer):
         further calls after :meth:`restore` put the same noise on again.
 
         Raises:
-            RuntimeError: Called inside :meth:`clean`, or ``total_steps`` is still unknown.
+            RuntimeError: Called inside :meth:`clean` or after :meth:`close`, or ``total_steps`` is
+                still unknown.
         """
+        if not self._finalizer.alive:
+            raise RuntimeError(
+                "this FlatLoRAOptimizer was closed, by close() or by a newer one for the same adapters: "
+                "use that one, or build another"
+            )
         if self._suspended_by_forward:
             self._resume()  # an interrupt kept the forward from ending
         if self._suspension is not None:
@@ -221,7 +237,7 @@ class FlatLoRAOptimizer(Optimizer):
                 as it is; all others are restored.
         """
         suspension, self._suspension = self._suspension, None
-        self._suspended_by_forward = False
+        self._suspended_by_forward = self._explicit = False
         try:
             if self._is_perturbed:
                 self._remove()
@@ -247,8 +263,8 @@ class FlatLoRAOptimizer(Optimizer):
         around a long evaluation or generation: each forward outside of it restores and perturbs
         anew.
         """
-        if not self.is_perturbed:
-            yield
+        if self._suspension is not None:
+            yield  # inside another such block
             return
         self._suspend()
         try:
@@ -259,6 +275,8 @@ class FlatLoRAOptimizer(Optimizer):
     def _apply(self) -> None:
         self._reshard()
         noises = self._draw()
+        if not any(noises):
+            return
         with self._timed():
             # Known before it is true: an interrupt right after must find something to restore.
             self._is_perturbed = True
@@ -267,7 +285,7 @@ class FlatLoRAOptimizer(Optimizer):
             except BaseException:
                 self._is_perturbed = False
                 raise
-            self._noise_was_on |= any(noise is not None for noise in noises)
+            self._noise_was_on = True
 
     def _remove(self) -> None:
         self._reshard()
@@ -300,20 +318,21 @@ class FlatLoRAOptimizer(Optimizer):
 
     def _suspend(self) -> None:
         guard = ExitStack()
-        for perturbation in self._perturbations:
-            if (tensor := perturbation.written()) is not None:
-                # Values will be the same bits again: the graphs that saved them stay valid.
-                guard.enter_context(_unsafe_preserve_version_counter(tensor))
-        explicit = self._explicit
-        self._remove()
-        self._is_perturbed, self._explicit, self._suspension = True, explicit, guard
+        was_perturbed, explicit = self._is_perturbed, self._explicit
+        if was_perturbed:
+            for perturbation in self._perturbations:
+                if (tensor := perturbation.written()) is not None:
+                    # Values will be the same bits again: the graphs that saved them stay valid.
+                    guard.enter_context(_unsafe_preserve_version_counter(tensor))
+            self._remove()
+        self._is_perturbed, self._explicit, self._suspension = was_perturbed, explicit, guard
         self._clean_versions = self._versions()
 
     def _resume(self) -> None:
         guard, self._suspension = self._suspension, None
         self._suspended_by_forward = False
-        if guard is None:
-            return  # restored in the meantime
+        if guard is None or not self._is_perturbed:
+            return  # restored in the meantime, or clean before
         self._is_perturbed = False
         explicit = self._explicit
         self._reshard()
@@ -330,7 +349,7 @@ class FlatLoRAOptimizer(Optimizer):
 
     def _draw(self) -> list[Noise | None]:
         """This step's noise: None for a target with sigma 0 or without an active adapter."""
-        if self._noises is None:
+        if self._noises is None or not any(self._noises):
             factor = schedules.factor(self._schedule, self.step_count, self.total_steps)
             sigmas = self._sigmas()
             with self._timed():
@@ -608,7 +627,10 @@ class FlatLoRAOptimizer(Optimizer):
         return sum(p.nbytes() for p in self._perturbations)
 
     def close(self) -> None:
-        """Restores the weights and removes all hooks from the model. The base stays usable."""
+        """Restores the weights and removes all hooks from the model. The base stays usable.
+
+        Building another ``FlatLoRAOptimizer`` for the same adapters closes this one.
+        """
         try:
             self.restore()
         finally:

@@ -80,6 +80,14 @@ def test_a_base_that_is_one_of_us() -> None:
     refuses(TypeError, "wrap the optimizer inside it", model=model, base=flatlora(model))
 
 
+def test_a_base_that_was_wrapped_before() -> None:
+    model = lora_mlp()
+    optimizer = flatlora(model, sigma=0.3)
+    refuses(ValueError, "make a new base optimizer", model=model, base=optimizer.base)
+    with optimizer.perturbed():  # still in charge
+        pass
+
+
 def test_a_model_that_is_no_module() -> None:
     base = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):

@@ -28,7 +28,7 @@ from helpers import (
     trainable,
     untouched_rng,
 )
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.checkpoint import checkpoint
@@ -473,6 +473,17 @@ def test_the_clean_block_is_clean(
     assert optimizer.is_perturbed
 
 
+def test_a_clean_block_before_the_first_forward_is_clean_as_well(
+    model: nn.Module, optimizer: FlatLoRAOptimizer, before: dict[str, Tensor]
+) -> None:
+    with optimizer.clean():
+        loss_of(model, BATCH).backward()
+        assert not changed_weights(model, before)
+    assert not changed_weights(model, before)
+    loss_of(model, BATCH)
+    assert changed_weights(model, before) == BOTH
+
+
 def test_a_failing_observer_leaves_the_step_as_it_was(model: nn.Module, pending: dict[str, Tensor]) -> None:
     with torch.no_grad(), pytest.raises(RuntimeError):
         model(torch.randn(3, 7))
@@ -819,6 +830,48 @@ def test_close_restores_and_removes_every_hook(model: nn.Module, before: dict[st
     assert not changed_weights(model, before)
     optimizer.base.step()
     optimizer.close()
+
+
+def test_a_closed_optimizer_perturbs_no_more(model: nn.Module, optimizer: FlatLoRAOptimizer) -> None:
+    optimizer.close()
+    with pytest.raises(RuntimeError, match="was closed"):
+        optimizer.perturb()
+    with pytest.raises(RuntimeError, match="was closed"):
+        train_closure(model, optimizer, BATCH)
+
+
+def test_a_newer_optimizer_for_the_same_adapters_takes_over(
+    model: nn.Module, before: dict[str, Tensor]
+) -> None:
+    """As when a notebook's cell runs again, while a scheduler keeps the old optimizer alive."""
+    hooks = hooks_of(model)
+    old = flatlora(model)
+    scheduler = lr_scheduler.ExponentialLR(old, 0.5)
+    loss_of(model, BATCH)
+    new = flatlora(model)
+    assert scheduler.optimizer is old
+    assert not changed_weights(model, before)
+    train_automatic(model, new, BATCH)
+    assert not changed_weights(model, before)
+    assert new.step_count == 1
+    new.close()
+    assert hooks_of(model) == hooks
+
+
+def test_optimizers_for_different_adapters_take_turns(model: nn.Module, before: dict[str, Tensor]) -> None:
+    first = flatlora(model)
+    model.add_adapter("second", LoraConfig(target_modules=["fc1", "fc2"], r=2))
+    model.set_adapter("second")
+    second = flatlora(model, seed=2)
+    seen = []
+    for name, optimizer in (("second", second), ("default", first)):
+        model.set_adapter(name)
+        loss_of(model, BATCH).backward()
+        assert changed_weights(model, before) == BOTH
+        seen.append(fingerprint(model))
+        optimizer.step()
+        assert not changed_weights(model, before)
+    assert any(not torch.equal(seen[0][name], seen[1][name]) for name in BOTH)
 
 
 def test_garbage_collection_restores_and_removes_every_hook(

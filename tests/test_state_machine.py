@@ -240,8 +240,9 @@ class TrainingScript(RuleBasedStateMachine):
     def clean_block(self, batch: int, fails: bool) -> None:
         try:
             with self.optimizer.clean():
-                if self.perturbed:
-                    self.looks(lambda: self.model(mlp_batch(batch, self.dtype)[0]), batch)
+                self.looks(lambda: self.model(mlp_batch(batch, self.dtype)[0]), batch)
+                with torch.enable_grad():
+                    self.model(mlp_batch(batch, self.dtype)[0])
                 now = fingerprint(self.model)
                 assert all(torch.equal(now[name], self.clean[name]) for name in now)
                 if fails:
