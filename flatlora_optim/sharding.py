@@ -144,7 +144,8 @@ def _count_gathered(module: nn.Module) -> int:
 def check_engine(model: nn.Module) -> None:
     """Raises ValueError for engines that take the weights' shapes or values away."""
     for parameter in model.parameters():
-        if hasattr(parameter, "_fsdp_flattened"):
+        # In its forward, FSDP1 replaces the parameters by views of the flattened one.
+        if hasattr(parameter, "_fsdp_flattened") or hasattr(parameter._base, "_fsdp_flattened"):
             raise ValueError(
                 "FullyShardedDataParallel (FSDP1) flattens the weights, so that their rows can't be "
                 "found. Use FSDP2: `torch.distributed.fsdp.fully_shard`, or `fsdp_version: 2` in "

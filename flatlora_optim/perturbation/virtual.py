@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..noise import Noise
+from ..sharding import is_sharded
 from ..targets import Target, UnsupportedAdapterError
 from ..weights import FrozenWeight, own_forward
 from .base import Perturbation
@@ -45,9 +46,7 @@ class VirtualPerturbation(Perturbation):
             return noisy(owner, self.target.weight, self._noise, x)
 
         # Tracing would bake one step's noise into the graph.
-        uncompiled: Any = torch.compiler.disable(forward)
-        uncompiled.flatlora = True
-        return cast(Forward, uncompiled)
+        return cast(Forward, torch.compiler.disable(forward))
 
     def apply(self, noise: Noise) -> None:
         self._noise = noise
@@ -69,21 +68,19 @@ def _forward_name(owner: nn.Module) -> str:
 
 def _replace_forward(owner: nn.Module, forward: Forward) -> None:
     name = _forward_name(owner)
-    if not getattr(owner.__dict__.get(name), "flatlora", False):
-        owner.__dict__["flatlora_forward"] = owner.__dict__.get(name)
+    owner.__dict__.setdefault("flatlora_forward", owner.__dict__.get(name))
     owner.__dict__[name] = forward
 
 
 def _put_forward_back(owner: nn.Module) -> None:
-    name = _forward_name(owner)
-    if not getattr(owner.__dict__.get(name), "flatlora", False):
+    if "flatlora_forward" not in owner.__dict__:
         return
-    before = owner.__dict__.get("flatlora_forward")
+    name, before = _forward_name(owner), owner.__dict__["flatlora_forward"]
     if before is None:
-        del owner.__dict__[name]
+        owner.__dict__.pop(name, None)  # the class's own
     else:
         owner.__dict__[name] = before
-    owner.__dict__.pop("flatlora_forward", None)
+    del owner.__dict__["flatlora_forward"]
 
 
 def _noisy_forward(owner: nn.Module, weight: FrozenWeight) -> Callable[..., Tensor]:
@@ -94,6 +91,8 @@ def _noisy_forward(owner: nn.Module, weight: FrozenWeight) -> Callable[..., Tens
         return _bnb_8bit
     if weight.kind == "opaque":
         return _opaque
+    if is_sharded(owner.weight):
+        raise UnsupportedAdapterError("sharded weights can only be perturbed in place")
     if type(owner) is nn.Linear or type(owner).__name__ == "Conv1D":
         return _dense_linear
     if type(owner) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):

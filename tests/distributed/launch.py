@@ -35,11 +35,24 @@ def launch(worker: Callable[..., Any], *args: Any, world: int = 2, timeout: floa
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]
 
 
+def refusal(call: Callable[[], object]) -> str:
+    """The message of the ValueError that the call raises."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("nothing was refused")
+
+
 def _main(rank: int, worker: Callable[..., Any], args: tuple[Any, ...], world: int, folder: str) -> None:
     torch.set_num_threads(1)
     # A file instead of a port: nothing else on the machine can be in the way.
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
     )
     try:
         torch.save(worker(*args), Path(folder, f"{rank}.pt"))
