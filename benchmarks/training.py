@@ -1,0 +1,181 @@
+"""Whole training steps of SmolLM2-135M: time per step and peak memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from layers import RANK, adapted_weights, flatlora, frozen_bytes, trainable, twin
+from measure import interleave, peak_memory
+from torch import Tensor, nn
+from transcription import Transcription
+
+PLAIN = "plain LoRA"
+SAM = "LoRA with SAM"
+TRANSCRIPTION = "transcription"
+OURS: dict[str, dict[str, Any]] = {
+    "exact, gaussian": {},
+    "exact, table": {"noise": "table"},
+    "snapshot, table": {"restore": "snapshot", "noise": "table"},
+    "subtract, gaussian": {"restore": "subtract"},
+    "virtual, gaussian": {"mode": "virtual"},
+    "virtual, table": {"mode": "virtual", "noise": "table"},
+}
+_SAM_RADIUS = 0.05
+
+Gradient = Callable[[], None]
+Step = Callable[[Gradient], None]
+
+
+def run(device: str, quick: bool) -> list[dict[str, Any]]:
+    base = _tiny() if quick else _smollm2()
+    base = base.to(device)
+    name = "2 layers of SmolLM2-135M" if quick else "SmolLM2-135M"
+    half = with_lora(copy.deepcopy(base).to(torch.bfloat16))
+    model = with_lora(base)
+    # (tokens, rounds): bf16 for its memory alone, which depends little on the number of tokens.
+    plan = [(model, 32, 2), (half, 32, 0)] if quick else [(model, 256, 6), (model, 1024, 4), (half, 64, 0)]
+    return [{"model": name, **_measure(m, tokens, rounds, device)} for m, tokens, rounds in plan]
+
+
+def _measure(model: nn.Module, tokens: int, rounds: int, device: str) -> dict[str, Any]:
+    dtype = str(next(p for p in model.parameters() if not p.requires_grad).dtype).removeprefix("torch.")
+    print(f"  {tokens} tokens, {dtype}", flush=True)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 40000, (1, tokens), generator=generator).to(device)
+    steps: dict[str, Callable[[], None]] = {}
+    memory: dict[str, int] = {}
+    for variant, build in VARIANTS.items():
+        own = twin(model)
+
+        def first_step(
+            variant: str = variant, build: Callable[[nn.Module], Step] = build, own: nn.Module = own
+        ) -> None:
+            step = build(own)
+            steps[variant] = lambda: step(lambda: own(input_ids=ids, labels=ids).loss.backward())
+            steps[variant]()
+
+        memory[variant] = peak_memory(first_step, device)
+    return {
+        "tokens": tokens,
+        "dtype": dtype,
+        "bytes": frozen_bytes(model),
+        "largest": max(a.weight.numel() * a.weight.element_size() for a in adapted_weights(model)),
+        "memory": memory,
+        "seconds": interleave(steps, rounds, device) if rounds else {},
+    }
+
+
+# ---------------------------------------------------------------------- one step of each
+
+
+def plain(model: nn.Module) -> Step:
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-4)
+
+    def step(gradient: Gradient) -> None:
+        gradient()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ours(**options: Any) -> Callable[[nn.Module], Step]:
+    def build(model: nn.Module) -> Step:
+        optimizer = flatlora(model, **options)
+
+        def step(gradient: Gradient) -> None:
+            with optimizer.perturbed():
+                gradient()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return build
+
+
+def transcription(model: nn.Module) -> Step:
+    finish, published = plain(model), Transcription(model)
+
+    def step(gradient: Gradient) -> None:
+        def perturbed() -> None:
+            published.perturb()
+            gradient()
+            published.restore()
+
+        finish(perturbed)
+
+    return step
+
+
+def sam(model: nn.Module) -> Step:
+    """SAM on A and B (Foret et al. 2021): the gradient at the worst point within a radius."""
+    parameters, finish = trainable(model), plain(model)
+
+    def step(gradient: Gradient) -> None:
+        gradient()
+        norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+        ascent: list[Tensor] = []
+        with torch.no_grad():
+            for p in parameters:
+                assert p.grad is not None
+                ascent.append(p.grad * (_SAM_RADIUS / norm))
+                p.add_(ascent[-1])
+                p.grad = None
+
+        def at_the_worst_point() -> None:
+            gradient()
+            with torch.no_grad():
+                for p, e in zip(parameters, ascent, strict=True):
+                    p.sub_(e)
+
+        finish(at_the_worst_point)
+
+    return step
+
+
+VARIANTS: dict[str, Callable[[nn.Module], Step]] = {
+    PLAIN: plain,
+    **{name: ours(**options) for name, options in OURS.items()},
+    TRANSCRIPTION: transcription,
+    SAM: sam,
+}
+
+# ---------------------------------------------------------------------- the model
+
+
+def _smollm2() -> nn.Module:
+    import packages
+    from transformers import AutoModelForCausalLM
+
+    path = packages.smollm2()
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    return model
+
+
+def _tiny() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(**sizes, **heads, vocab_size=49152))
+    return model
+
+
+def with_lora(base: nn.Module) -> nn.Module:
+    """Adapters on all Linear layers of the blocks, with a B that is not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    model: nn.Module = get_peft_model(base, config)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 1e-3)
+    return model.train()
