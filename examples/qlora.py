@@ -51,8 +51,7 @@ def main() -> None:
     args = parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # At construction of each model: prepare_model_for_kbit_training and generate() are chatty.
-    warnings.filterwarnings("ignore", module="transformers|peft")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
     task = hub_task(args) if args.dataset else sums(args)
     source = args.model or dequantized_smollm2()
@@ -122,7 +121,7 @@ def sums(args: argparse.Namespace) -> Task:
         "2 digits": in_domain[: args.tests],
         "3 digits": draw(args.tests, args.seed + 2_000_003, (3, 3)),
     }
-    return Task(train, tests, answer_tokens=8)
+    return Task(train, tests, answer_tokens=6)
 
 
 def hub_task(args: argparse.Namespace) -> Task:

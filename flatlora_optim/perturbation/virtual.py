@@ -36,7 +36,7 @@ class VirtualPerturbation(Perturbation):
     def __init__(self, target: Target) -> None:
         super().__init__(target)
         self._noise: Noise | None = None
-        # Made once: torch.compile would trace the model again for each new function.
+        # Made once, so that a compiled model meets the same functions at every step.
         self._forwards = [
             self._forward(owner, _noisy_forward(owner, target.weight)) for owner in target.owners
         ]
