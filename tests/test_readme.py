@@ -42,7 +42,6 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
         "FlatLoRAOptimizer": FlatLoRAOptimizer,
         "model": model,
         "base": base,
-        "optimizer": FlatLoRAOptimizer(base, model, sigma=0.1, total_steps=8),
         "loss_fn": F.cross_entropy,
         "batches": [(torch.randn(5, 6), torch.randint(4, (5,))) for _ in range(3)],
         "tokens": torch.randint(50, (2, 7)),
@@ -62,8 +61,9 @@ def save_tiny_llama(folder: Path) -> None:
 def test_block_runs_and_leaves_the_weights_alone(block: str, namespace: dict[str, Any]) -> None:
     if "from_pretrained(name" in block:
         save_tiny_llama(namespace["name"])
-    if "FlatLoRAOptimizer(" in block:
-        namespace.pop("optimizer").close()
+    if "FlatLoRAOptimizer(" not in block:
+        base, model = namespace["base"], namespace["model"]
+        namespace["optimizer"] = FlatLoRAOptimizer(base, model, sigma=0.1, total_steps=8)
     frozen = fingerprint(namespace["model"])
     trained = {n: p.clone() for n, p in namespace["model"].named_parameters() if p.requires_grad}
 
@@ -95,6 +95,18 @@ def test_options_are_those_of_the_constructor() -> None:
     parameters = inspect.signature(FlatLoRAOptimizer).parameters.values()
     actual = {p.name: "" if p.default is p.empty else repr(p.default).replace("'", '"') for p in parameters}
     assert documented == actual
+
+
+def test_members_exist() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    model = get_peft_model(model, LoraConfig(target_modules=["0"], r=2))
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, total_steps=8)
+    table = README.split("| member | meaning |")[1].split("\n\n")[0]
+    first_cells = [row.split(" | ")[0] for row in table.splitlines()]
+    members = [name for cell in first_cells for name in re.findall(r"`(\w+)(?:\(\))?`", cell)]
+    assert len(members) >= 12
+    assert [name for name in members if not hasattr(optimizer, name)] == []
 
 
 def test_links_lead_to_files_that_exist() -> None:
