@@ -15,7 +15,7 @@ from flatlora_optim import FlatLoRAOptimizer
 
 
 def main(steps: int, sigma: float) -> None:
-    accelerator = Accelerator(gradient_accumulation_steps=2)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), gradient_accumulation_steps=2)
     set_seed(0)
     model = tiny.model()
     base = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-3)

@@ -47,12 +47,11 @@ def main(steps: int, sigma: float) -> None:
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    trainer.fit(
-        Module(sigma),
-        DataLoader(tiny.Counting(2048), batch_size=16, shuffle=True),
-        DataLoader(tiny.Counting(256, seed=1), batch_size=256),
-    )
-    print(f"Result: loss {trainer.callback_metrics['validation_loss']:.3f} on held-out sequences")
+    module = Module(sigma)
+    held_out = DataLoader(tiny.Counting(256, seed=1), batch_size=256)
+    trainer.fit(module, DataLoader(tiny.Counting(2048), batch_size=16, shuffle=True), held_out)
+    (metrics,) = trainer.validate(module, held_out, verbose=False)
+    print(f"Result: loss {metrics['validation_loss']:.3f} on held-out sequences")
 
 
 if __name__ == "__main__":
