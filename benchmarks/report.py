@@ -139,6 +139,7 @@ def _drift(records: list[Results]) -> str:
     )
 
 
+_MARKERS = "osD^v<>PX*hdp"
 _SECTIONS = {"cycles": _cycles, "training": _training, "growth": _growth, "drift": _drift}
 
 
@@ -176,17 +177,25 @@ def plot(parts: Results, path: Path) -> bool:
         panels.append((title, "× plain LoRA", r, points, r["memory"][training.PLAIN]))
     if not panels:
         return False
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 5), squeeze=False)
+    variants = list(dict.fromkeys(variant for *_, points, _ in panels for variant in points))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(6 * len(panels), 5.5), squeeze=False, layout="constrained"
+    )
     for ax, (title, unit, r, points, without) in zip(axes[0], panels, strict=True):
-        for marker, (variant, time) in zip("osD^v<>PX*h", points.items(), strict=False):
+        for variant, time in points.items():
             extra = 100 * (r["memory"][variant] - without) / r["bytes"]
-            ax.plot(extra, time, marker, markersize=9, label=variant)
+            number = variants.index(variant)
+            marker, color = _MARKERS[number % len(_MARKERS)], f"C{number % 10}"
+            ax.plot(extra, time, marker, color=color, markersize=9, label=variant)
         ax.set(title=title, xlabel="extra memory, % of the frozen weights", ylabel=f"time, {unit}")
         ax.set_xscale("symlog", linthresh=10)
         ax.set_yscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
         ax.grid(True, which="both", alpha=0.3)
-        ax.legend(fontsize=8)
-    figure.tight_layout()
+    labels = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}  # noqa: B905
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=6, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
