@@ -152,8 +152,7 @@ def hand_written_loop(
 
 
 def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a module-level function in a new process, which shares nothing but imported modules."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers.trainer", "peft", "transformers.models.llama"])
+    """Calls a module-level function in a fresh interpreter."""
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as executor:
         return executor.submit(function, *args).result()
