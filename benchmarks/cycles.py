@@ -52,7 +52,7 @@ def run(device: str, quick: bool) -> list[dict[str, Any]]:
 def _rounds(shapes: list[tuple[int, int]]) -> int:
     """More of them where one is short: about the same time for each model."""
     elements = sum(rows * columns for rows, columns in shapes)
-    return min(15, max(4, round(8e8 / elements)))
+    return min(15, max(3, round(6e8 / elements)))
 
 
 def _measure(name: str, model: nn.Module, rounds: int, device: str) -> dict[str, Any]:
