@@ -11,7 +11,6 @@ from typing import Any
 
 from scipy import stats
 
-from .methods import Method
 from .tasks import Task
 
 Row = dict[str, Any]
@@ -47,13 +46,18 @@ class Cell:
     """The finished runs of one cell: the seeds that all methods have."""
 
     def __init__(
-        self, spec: Any, methods: Sequence[Method], rows: Iterable[Row], task: type[Task[Any]]
+        self, spec: Any, task: type[Task[Any]], learning_rates: dict[str, float], rows: Iterable[Row]
     ) -> None:
-        self.spec = spec
-        self.methods = [method.name for method in methods]
+        """``learning_rates`` are those that were chosen for each method."""
+        self.spec, self.learning_rates = spec, learning_rates
+        self.methods = list(learning_rates)
         self.in_domain, self.out_of_domain = task.in_domain, task.out_of_domain
         self.rows = [row for row in rows if row["settings"] == spec.settings()]
-        runs = {(row["method"], row["seed"]): row for row in self.rows if row["phase"] == "final"}
+        runs = {
+            (row["method"], row["seed"]): row
+            for row in self.rows
+            if row["phase"] == "final" and row["lr"] == learning_rates.get(row["method"])
+        }
         seeds = sorted({seed for _, seed in runs})
         self.seeds = [seed for seed in seeds if all((name, seed) in runs for name in self.methods)]
         self._runs = runs
@@ -64,9 +68,6 @@ class Cell:
 
     def values(self, method: str, measure: Callable[[Row], float]) -> list[float]:
         return [measure(self._runs[method, seed]) for seed in self.seeds]
-
-    def learning_rate(self, method: str) -> float:
-        return self._runs[method, self.seeds[0]]["lr"]
 
     def domain(self, name: str) -> Callable[[Row], float]:
         return lambda row: 100 * row["test"][name]
@@ -83,15 +84,8 @@ class Cell:
         return {key: 0.0 for key in keys if key in self._runs[self.methods[0], self.seeds[0]]["test"]}
 
 
-def write(
-    folder: Path,
-    specs: Iterable[Any],
-    methods: Sequence[Method],
-    rows: list[Row],
-    tasks: dict[str, type[Task[Any]]],
-) -> list[Path]:
+def write(folder: Path, cells: Sequence[Cell]) -> list[Path]:
     """Writes the report and its figures; returns their paths."""
-    cells = [Cell(spec, methods, rows, tasks[spec.task]) for spec in specs]
     finished = [cell for cell in cells if cell.seeds]
     paths = [figure(cell, folder / "figures") for cell in finished]
     parts = [HEAD, coverage(cells)]
@@ -197,6 +191,12 @@ def centred(cell: Cell, measure: Callable[[Row], float]) -> list[float]:
     return [value - mean for column in columns for value, mean in zip(column, means, strict=True)]
 
 
+def at_the_edge(cell: Cell) -> str:
+    ends = min(cell.spec.learning_rates), max(cell.spec.learning_rates)
+    names = [name for name, lr in cell.learning_rates.items() if lr in ends]
+    return f"Chosen at an end of the grid, so perhaps not the best: {', '.join(names)}. " if names else ""
+
+
 def section(cell: Cell, figure: Path) -> str:
     spec = cell.spec
     domains = (cell.in_domain, *cell.out_of_domain)
@@ -204,12 +204,12 @@ def section(cell: Cell, figure: Path) -> str:
     for name in cell.methods:
         scores = [spread(cell.values(name, cell.domain(domain))) for domain in domains]
         out, gap = spread(cell.values(name, cell.out)), spread(cell.values(name, cell.gap))
-        rows.append((name, f"{cell.learning_rate(name):g}", *scores, out, gap))
+        rows.append((name, f"{cell.learning_rates[name]:g}", *scores, out, gap))
     parts = [
         f"## {spec.name[0].upper()}{spec.name[1:]}\n",
         f"{len(cell.seeds)} seeds, {spec.steps} steps of {spec.batch_size} examples; learning rates "
         f"{', '.join(f'{lr:g}' for lr in spec.learning_rates)}, each tried with {spec.tuning_seeds} seed(s). "
-        f"Accuracy in %:\n",
+        f"{at_the_edge(cell)}Accuracy in %:\n",
         table(("", "lr", *domains, "out of domain", "gap"), rows),
     ]
     if keys := cell.correlations():
