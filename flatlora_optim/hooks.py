@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +12,78 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from . import sharding
+from .noisy_weights import NoisyWeights
 
 if TYPE_CHECKING:
     from .optimizer import FlatLoRAOptimizer
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+class Forwards:
+    """Which forwards are under way, and whether they see noise.
+
+    Args:
+        weights: Perturbed, suspended and resumed as forwards begin and end.
+        perturb: Draws the step's noise and puts it on.
+    """
+
+    def __init__(self, weights: NoisyWeights, perturb: Callable[[], None]) -> None:
+        self._weights = weights
+        self._perturb = weakref.WeakMethod(perturb)
+        self.running: list[nn.Module] = []
+        """The watched modules whose forwards are under way, outermost first."""
+        self.explicit = False
+        """Whether the user put the noise on, who may train in eval mode then."""
+        self._suspended = False
+
+    def begins(self, module: nn.Module) -> None:
+        if module in self.running:
+            # An interrupt kept an earlier forward from ending.
+            del self.running[self.running.index(module) :]
+        self.running.append(module)
+        if len(self.running) > 1:
+            return
+        self.resume()
+        if self._weights.is_suspended:
+            return  # the user asked for clean weights
+        if self._sees_noise(module):
+            perturb = self._perturb()
+            if not self._weights.is_perturbed and perturb is not None:
+                perturb()
+        elif self._weights.is_perturbed:
+            self._weights.suspend()
+            self._suspended = True
+
+    def ends(self, module: nn.Module, failed: bool) -> None:
+        if module not in self.running:
+            return
+        del self.running[self.running.index(module) :]
+        if self.running:
+            return
+        if self._suspended:
+            self.resume()
+        elif failed and self._weights.is_perturbed and not self.explicit:
+            self.reset()
+            self._weights.restore()
+
+    def resume(self) -> None:
+        """Puts the noise on again that the forward of a clean observer had suspended."""
+        if self._suspended:
+            self._suspended = False
+            self._weights.resume()
+
+    def reset(self) -> None:
+        """The weights are restored for another reason."""
+        self._suspended = self.explicit = False
+
+    def _sees_noise(self, module: nn.Module) -> bool:
+        """Evaluation, no_grad and a reference pass without adapters see clean weights."""
+        return (
+            (module.training or self.explicit)
+            and torch.is_grad_enabled()
+            and any(True for target in self._weights.targets for _ in target.adapter_parameters())
+        )
 
 
 class _ModelHook:
@@ -54,7 +121,7 @@ class _Before(_ModelHook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         if (optimizer := self._optimizer()) is not None and not _in_backward():
             with sharding.before_gathering(module, self):
-                optimizer._forward_begins(module)
+                optimizer._forwards.begins(module)
 
 
 class _After(_ModelHook):
@@ -63,7 +130,7 @@ class _After(_ModelHook):
         if (optimizer := self._optimizer()) is not None and not _in_backward():
             # torch calls the hook without an output for an exception on its way out.
             failed = output is None and sys.exc_info()[0] is not None
-            optimizer._forward_ends(module, failed)
+            optimizer._forwards.ends(module, failed)
 
 
 def _in_backward() -> bool:
@@ -81,7 +148,7 @@ class _CleanStateDict(_ModelHook):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             key = prefix + name
             if tensor is not None and key in state:
-                clean = optimizer._clean_copy(tensor)
+                clean = optimizer._weights.clean_copy(tensor)
                 if clean is not None:
                     state[key] = clean
 
@@ -103,7 +170,7 @@ def hook_forwards(optimizer: FlatLoRAOptimizer, model: nn.Module) -> list[Remova
 def hook_state_dicts(optimizer: FlatLoRAOptimizer, model: nn.Module) -> list[RemovableHandle]:
     """Watches the model and each module that owns a perturbed tensor, under whatever name."""
     hook = _CleanStateDict(optimizer)
-    weights = {id(t) for t in optimizer._weights()}
+    weights = {id(t) for t in optimizer._weights.tensors()}
     return [
         module._register_state_dict_hook(hook)
         for module in model.modules()

@@ -1,48 +1,33 @@
 """FlatLoRAOptimizer: any optimizer, whose gradients are taken at W + eps.
 
-The frozen weights are in one of three states:
-
-    clean ──perturb──▶ perturbed ──restore──▶ clean
-                         │    ▲
-                    (a clean observer)
-                         ▼    │
-                       suspended
-
-A step's noise is drawn once, by its first ``perturb``, and is the same until ``step`` ends it.
+A step's noise is drawn once, by its first perturbation, and is the same until ``step`` ends it.
 """
 
 from __future__ import annotations
 
 import inspect
-import time
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch import nn
 from torch.optim import Optimizer
 
 from . import checkpoint, hooks, schedules, sharding
+from .adapters import Target
 from .checkpoint import CUSTOM_SCHEDULE, KEYS, SCHEDULE, SEED, SIGMA, STEP, TOTAL_STEPS
 from .noise import GaussianNoise, Noise, NoiseKey, NoiseSource
-from .perturbation import (
-    RESTORE_MODES,
-    Perturbation,
-    VirtualPerturbation,
-    WeightChangedError,
-    apply_all,
-    choose_perturbation,
-    remove_all,
-)
+from .noisy_weights import NoisyWeights
+from .perturbation import RESTORE_MODES, Perturbation, choose_perturbation
 from .scales import RowNorms, row_scales
 from .schedules import Schedule
 from .table import NoiseTable
-from .targets import Target, UnsupportedAdapterError, find_targets
+from .targets import find_targets
+from .weights import UnsupportedAdapterError
 
 Closure = Callable[[], Any]
 
@@ -150,19 +135,7 @@ class FlatLoRAOptimizer(Optimizer):
                 )
 
         optimized = {id(p) for group in base.param_groups for p in group["params"]}
-        found = find_targets(model, lambda target: _why_not_optimized(target, optimized))
-        self.targets = found.targets
-        self._perturbations: list[Perturbation] = []
-        for target in list(self.targets):
-            try:
-                self._perturbations.append(choose_perturbation(target, mode, restore))
-            except UnsupportedAdapterError as reason:
-                if mode != "auto":
-                    raise ValueError(f"{target.name}: {reason}") from None
-                self.targets.remove(target)
-                found.skipped[target.name] = str(reason)
-        if not self.targets:
-            raise ValueError(_nothing_found(model, found.report()))
+        perturbations, skipped = _choose(model, optimized, mode, restore)
 
         # Nothing has been changed up to here, and nothing below fails.
         for other in hooks.attached_optimizers(model):
@@ -171,23 +144,17 @@ class FlatLoRAOptimizer(Optimizer):
                 other.close()
         self.base = base
         self._model = model
-        self.skipped = found.skipped
+        self.skipped = skipped
         """Adapter layers that are not perturbed, and why."""
         self._defaults_for_groups = initial
         self._schedule = schedule
         self._source = NOISE_SOURCES[noise]() if isinstance(noise, str) else noise
         self._rank_noise = rank_noise
-        self._norms = [RowNorms(target) for target in self.targets]
+        self._weights = NoisyWeights(model, perturbations)
+        self._forwards = hooks.Forwards(self._weights, self._put_noise_on)
         self._noises: list[Noise | None] | None = None
-        self._is_perturbed = False
-        self._explicit = False
-        self._suspension: ExitStack | None = None
-        self._clean_versions: list[int] = []
-        self._suspended_by_forward = False
-        self._running: list[nn.Module] = []
         self._noise_was_on = False
         self._warned = False
-        self._seconds = 0.0
         # What unpickling does: creates the tables of step hooks without taking parameters.
         super().__setstate__({})
         self._fill_groups()
@@ -195,16 +162,16 @@ class FlatLoRAOptimizer(Optimizer):
         handles = hooks.hook_state_dicts(self, model)
         if auto:
             handles += hooks.hook_forwards(self, model)
-        self._finalizer = weakref.finalize(self, _finalize, self._perturbations, handles)
-        if self.skipped:
-            warnings.warn(f"Flat-LoRA leaves these adapters unperturbed:\n{found.report()}", stacklevel=2)
+        self._finalizer = weakref.finalize(self, _finalize, perturbations, handles)
+        if skipped:
+            warnings.warn(f"Flat-LoRA leaves these adapters unperturbed:\n{_listed(skipped)}", stacklevel=2)
 
     # ------------------------------------------------------------------ perturbing
 
     @property
     def is_perturbed(self) -> bool:
         """Whether the frozen weights carry noise right now."""
-        return self._is_perturbed and self._suspension is None
+        return self._weights.is_perturbed and not self._weights.is_suspended
 
     def perturb(self) -> None:
         """Puts this step's noise on the frozen weights.
@@ -221,13 +188,12 @@ class FlatLoRAOptimizer(Optimizer):
                 "this FlatLoRAOptimizer was closed, by close() or by a newer one for the same adapters: "
                 "use that one, or build another"
             )
-        if self._suspended_by_forward:
-            self._resume()  # an interrupt kept the forward from ending
-        if self._suspension is not None:
+        self._forwards.resume()
+        if self._weights.is_suspended:
             raise RuntimeError("perturb() inside clean(): leave the `with optimizer.clean():` block first")
-        if not self._is_perturbed:
-            self._apply()
-        self._explicit = True
+        if not self._weights.is_perturbed:
+            self._put_noise_on()
+        self._forwards.explicit = True
 
     def restore(self) -> None:
         """Brings the frozen weights back, bit for bit. Does nothing when they are clean.
@@ -236,15 +202,8 @@ class FlatLoRAOptimizer(Optimizer):
             WeightChangedError: Somebody else wrote a weight while it carried noise. It is left
                 as it is; all others are restored.
         """
-        suspension, self._suspension = self._suspension, None
-        self._suspended_by_forward = self._explicit = False
-        try:
-            if self._is_perturbed:
-                self._remove()
-        finally:
-            if suspension is not None:
-                # Not closed: a graph built on the noise must not run backward without it.
-                suspension.pop_all()
+        self._forwards.reset()
+        self._weights.restore()
 
     @contextmanager
     def perturbed(self) -> Iterator[FlatLoRAOptimizer]:
@@ -263,103 +222,34 @@ class FlatLoRAOptimizer(Optimizer):
         around a long evaluation or generation: each forward outside of it restores and perturbs
         anew.
         """
-        if self._suspension is not None:
+        if self._weights.is_suspended:
             yield  # inside another such block
             return
-        self._suspend()
+        self._weights.suspend()
         try:
             yield
         finally:
-            self._resume()
+            self._weights.resume()
 
-    def _apply(self) -> None:
-        self._reshard()
+    def _put_noise_on(self) -> None:
         noises = self._draw()
-        if not any(noises):
-            return
-        with self._timed():
-            # Known before it is true: an interrupt right after must find something to restore.
-            self._is_perturbed = True
-            try:
-                apply_all(self._perturbations, noises)
-            except BaseException:
-                self._is_perturbed = False
-                raise
+        if any(noises):
+            self._weights.perturb(noises)
             self._noise_was_on = True
-
-    def _remove(self) -> None:
-        self._reshard()
-        with self._timed():
-            checks = [(p, p.changed()) for p in self._perturbations]
-            changed = [p for p, check in checks if check()]
-            for perturbation in changed:
-                perturbation.abandon()
-            rewritten = [
-                n for p, n in zip(self._perturbations, self._norms, strict=True) if p.written() is not None
-            ]
-            try:
-                remove_all(self._perturbations)
-            except BaseException:
-                # It may have been interrupted before it began. Removing twice does no harm.
-                remove_all(self._perturbations)
-                raise
-            finally:
-                self._is_perturbed = self._explicit = False
-            for norms in rewritten:
-                norms.rewritten()
-        if changed:
-            names = ", ".join(p.target.name for p in changed[:3])
-            raise WeightChangedError(
-                f"the frozen weight of {names}{' …' if len(changed) > 3 else ''} was written while "
-                "it carried noise (merged, loaded or moved in the middle of a step?). It was left "
-                "as it is, noise included: load it again, and change weights only after "
-                "`optimizer.restore()` or `optimizer.step()`"
-            )
-
-    def _suspend(self) -> None:
-        guard = ExitStack()
-        was_perturbed, explicit = self._is_perturbed, self._explicit
-        if was_perturbed:
-            for perturbation in self._perturbations:
-                if (tensor := perturbation.written()) is not None:
-                    # Values will be the same bits again: the graphs that saved them stay valid.
-                    guard.enter_context(_unsafe_preserve_version_counter(tensor))
-            self._remove()
-        self._is_perturbed, self._explicit, self._suspension = was_perturbed, explicit, guard
-        self._clean_versions = self._versions()
-
-    def _resume(self) -> None:
-        guard, self._suspension = self._suspension, None
-        self._suspended_by_forward = False
-        if guard is None or not self._is_perturbed:
-            return  # restored in the meantime, or clean before
-        self._is_perturbed = False
-        explicit = self._explicit
-        self._reshard()
-        untouched = self._versions() == self._clean_versions
-        self._apply()
-        self._explicit = explicit
-        if untouched:
-            guard.close()
-        else:
-            # New weights were loaded meanwhile: backward passes through the old ones must fail.
-            guard.pop_all()
-        for perturbation in self._perturbations:
-            perturbation.seal()
 
     def _draw(self) -> list[Noise | None]:
         """This step's noise: None for a target with sigma 0 or without an active adapter."""
         if self._noises is None or not any(self._noises):
             factor = schedules.factor(self._schedule, self.step_count, self.total_steps)
             sigmas = self._sigmas()
-            with self._timed():
+            with self._weights.timed():
                 replica = sharding.replica(self._model)
                 key = NoiseKey(
                     self.seed, self.step_count, replica if self._rank_noise == "independent" else 0
                 )
                 self._noises = [
                     self._noise_of(target, norms, sigma * factor, key)
-                    for target, norms, sigma in zip(self.targets, self._norms, sigmas, strict=True)
+                    for target, norms, sigma in zip(self.targets, self._weights.norms, sigmas, strict=True)
                 ]
         return self._noises
 
@@ -386,55 +276,6 @@ class FlatLoRAOptimizer(Optimizer):
                 )
             sigmas.append(checkpoint.check_sigma(values.pop() if values else 0.0))
         return sigmas
-
-    def _reshard(self) -> None:
-        """Gives FSDP2 modules their shards back: noise goes there, and is gathered from there.
-
-        FSDP2 keeps the gathered weights of the root module after a forward; they would not see
-        what is written to the shards.
-        """
-        for module in sharding.fsdp_modules(self._model):
-            module.reshard()
-
-    # ------------------------------------------------------------------ the automatic style
-
-    def _forward_begins(self, module: nn.Module) -> None:
-        if module in self._running:
-            # An interrupt kept an earlier forward from ending.
-            del self._running[self._running.index(module) :]
-        self._running.append(module)
-        if len(self._running) > 1:
-            return
-        if self._suspended_by_forward:
-            self._resume()
-        if self._suspension is not None:
-            return  # the user asked for clean weights
-        if self._sees_noise(module):
-            if not self._is_perturbed:
-                self._apply()
-        elif self._is_perturbed:
-            self._suspend()
-            self._suspended_by_forward = True
-
-    def _sees_noise(self, module: nn.Module) -> bool:
-        """Evaluation, no_grad and a reference pass without adapters see clean weights."""
-        training = module.training or self._explicit
-        return (
-            training
-            and torch.is_grad_enabled()
-            and any(True for target in self.targets for _ in target.adapter_parameters())
-        )
-
-    def _forward_ends(self, module: nn.Module, failed: bool) -> None:
-        if module not in self._running:
-            return
-        del self._running[self._running.index(module) :]
-        if self._running:
-            return
-        if self._suspended_by_forward:
-            self._resume()
-        elif failed and self._is_perturbed and not self._explicit:
-            self.restore()
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
 
@@ -470,7 +311,7 @@ class FlatLoRAOptimizer(Optimizer):
                 It runs with noise on; if the base calls it several times (LBFGS), each time with
                 the same noise.
         """
-        self._running.clear()
+        self._forwards.running.clear()
         if closure is None:
             self.restore()
             loss = self.base.step()
@@ -586,6 +427,11 @@ class FlatLoRAOptimizer(Optimizer):
     # ------------------------------------------------------------------ looking inside
 
     @property
+    def targets(self) -> list[Target]:
+        """The frozen weights that are perturbed, with their adapters."""
+        return self._weights.targets
+
+    @property
     def step_count(self) -> int:
         """Optimizer steps finished so far."""
         return int(self.param_groups[0][STEP])
@@ -620,11 +466,11 @@ class FlatLoRAOptimizer(Optimizer):
             for noise, target in zip(self._noises or [], self.targets, strict=False)
             if noise is not None
         )
-        return {"sigma": self.sigma, "noise_norm": squared**0.5, "seconds": self._seconds}
+        return {"sigma": self.sigma, "noise_norm": squared**0.5, "seconds": self._weights.seconds}
 
     def memory(self) -> int:
         """Bytes held right now to be able to restore (journals or snapshots)."""
-        return sum(p.nbytes() for p in self._perturbations)
+        return sum(p.nbytes() for p in self._weights.perturbations)
 
     def close(self) -> None:
         """Restores the weights and removes all hooks from the model. The base stays usable.
@@ -637,37 +483,12 @@ class FlatLoRAOptimizer(Optimizer):
             self._finalizer()
 
     def __repr__(self) -> str:
-        counts = Counter(
-            (t.weight.kind, p.mode) for t, p in zip(self.targets, self._perturbations, strict=True)
-        )
+        counts = Counter((p.target.weight.kind, p.mode) for p in self._weights.perturbations)
         lines = [f"  {n} {kind} weights: {how}" for (kind, how), n in sorted(counts.items())]
         lines += [f"  {len(self.skipped)} adapters skipped (see .skipped)"] if self.skipped else []
         head = f"step {self.step_count} of {self.total_steps or '?'}, seed {self.seed}"
         body = "\n".join(lines)
         return f"{type(self).__name__} ({head}\n{body}\n  base: {self.base}\n)"
-
-    def _weights(self) -> Iterator[Tensor]:
-        """The tensors that in-place noise is written to."""
-        for target, perturbation in zip(self.targets, self._perturbations, strict=True):
-            if not isinstance(perturbation, VirtualPerturbation):
-                yield target.weight.tensor  # type: ignore[attr-defined]
-
-    def _versions(self) -> list[int]:
-        return [tensor._version for tensor in self._weights()]
-
-    def _clean_copy(self, tensor: Tensor) -> Tensor | None:
-        for perturbation in self._perturbations:
-            if perturbation.written() is tensor:
-                return perturbation.clean_copy()
-        return None
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds += time.perf_counter() - start
 
 
 def _check_base(base: object) -> None:
@@ -684,6 +505,30 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def _choose(
+    model: nn.Module, optimized: set[int], mode: str, restore: str
+) -> tuple[list[Perturbation], dict[str, str]]:
+    """How each target is perturbed, and why other adapters are not."""
+    found = find_targets(model, lambda target: _why_not_optimized(target, optimized))
+    perturbations = []
+    for target in found.targets:
+        try:
+            perturbations.append(choose_perturbation(target, mode, restore))
+        except UnsupportedAdapterError as reason:
+            if mode != "auto":
+                raise ValueError(f"{target.name}: {reason}") from None
+            found.skipped[target.name] = str(reason)
+    if not perturbations:
+        skipped = f"\nFound, but not usable:\n{_listed(found.skipped)}" if found.skipped else ""
+        raise ValueError(
+            f"no LoRA module to perturb in {type(model).__name__}. Looked for PEFT layers (`base_layer` with "
+            "`lora_A`/`lora_B` of an active adapter), loralib-style layers (`weight`, `lora_A`, `lora_B`, "
+            "`scaling`) and modules described by `flatlora_optim.register`, whose adapter parameters are in "
+            f"the base optimizer.{skipped}"
+        )
+    return perturbations, found.skipped
+
+
 def _why_not_optimized(target: Target, optimized: set[int]) -> str | None:
     parameters = list(target.adapter_parameters())
     if not parameters:
@@ -693,14 +538,8 @@ def _why_not_optimized(target: Target, optimized: set[int]) -> str | None:
     return None
 
 
-def _nothing_found(model: nn.Module, report: str) -> str:
-    looked_for = (
-        "Looked for PEFT layers (`base_layer` with `lora_A`/`lora_B` of an active adapter), "
-        "loralib-style layers (`weight`, `lora_A`, `lora_B`, `scaling`) and modules described by "
-        "`flatlora_optim.register`, whose adapter parameters are in the base optimizer."
-    )
-    skipped = f"\nFound, but not usable:\n{report}" if report else ""
-    return f"no LoRA module to perturb in {type(model).__name__}. {looked_for}{skipped}"
+def _listed(skipped: dict[str, str]) -> str:
+    return "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())
 
 
 def _finalize(perturbations: list[Perturbation], handles: list[Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .targets import LowRank, Target
+from .adapters import LowRank, Target
 
 
 class RowNorms:

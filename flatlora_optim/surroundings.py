@@ -13,11 +13,12 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import hooks
+from .adapters import Target
 from .noise import GaussianNoise, Noise, NoiseKey, NoiseSource
 from .perturbation import VirtualPerturbation, choose_perturbation, remove_all
 from .scales import RowNorms
 from .sharding import is_sharded
-from .targets import Target, find_targets
+from .targets import find_targets
 from .weights import DenseWeight
 
 LossFn = Callable[[nn.Module], Tensor]
@@ -158,6 +159,10 @@ class _Sum(Noise):
         first = parts[0]
         super().__init__(first.source, first.key, first.grid, first.scales, first.row_dim)
         self._parts = parts
+
+    @property
+    def has_kernels(self) -> bool:
+        return False  # they know nothing of further terms
 
     def block(self, lo: int, hi: int) -> Tensor:
         total = self._parts[0].block(lo, hi).clone()

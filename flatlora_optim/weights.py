@@ -23,6 +23,10 @@ from .sharding import is_sharded, local_part, region, sum_over_parts
 DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+class UnsupportedAdapterError(Exception):
+    """Why an adapter layer is left unperturbed; reported once by the optimizer."""
+
+
 class FrozenWeight:
     """A weight matrix of ``rows`` output neurons by ``columns`` inputs.
 
@@ -330,3 +334,43 @@ def _compute_dtype(layer: nn.Module) -> torch.dtype:
                 return dtype
     bias = getattr(layer, "bias", None)
     return bias.dtype if isinstance(bias, Tensor) else torch.get_default_dtype()
+
+
+def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int) -> FrozenWeight:
+    """Chooses how the frozen weight of ``owner`` is read."""
+    weight = getattr(owner, "weight", None)
+    if type(weight).__name__ == "Params4bit":
+        if all(getattr(holder, "quant_state", None) is None for holder in (weight, owner)):
+            raise UnsupportedAdapterError("not quantized yet: move the model to its device first")
+        return Bnb4bitWeight(owner)
+    state: Any = getattr(owner, "state", None)
+    if type(weight).__name__ == "Int8Params" and state is not None:
+        if state.has_fp16_weights:
+            raise UnsupportedAdapterError("quantizes a float16 weight in each forward (`has_fp16_weights`)")
+        if all(getattr(holder, "SCB", None) is None for holder in (weight, state)):
+            raise UnsupportedAdapterError("not quantized yet: move the model to its device first")
+        return Bnb8bitWeight(owner)
+    if is_sharded(weight) and not _is_plain(local_part(weight)):
+        raise UnsupportedAdapterError("its weight is both quantized and sharded")
+    if is_sharded(weight) or _is_plain(weight):
+        return DenseWeight(owner, row_dim)
+    rows = getattr(layer, "out_features", None) or getattr(owner, "out_features", None)
+    columns = getattr(layer, "in_features", None) or getattr(owner, "in_features", None)
+    if not (isinstance(rows, int) and isinstance(columns, int)):
+        raise UnsupportedAdapterError(
+            f"the weight of {type(owner).__name__} can't be read and its in_features and "
+            "out_features are unknown"
+        )
+    tensors: tuple[Tensor, ...] = (*owner.parameters(), *owner.buffers())
+    device = next((t.device for t in tensors), torch.device("cpu"))
+    return OpaqueWeight(owner, (rows, columns), device)
+
+
+def _is_plain(weight: object) -> bool:
+    """Whether in-place arithmetic on the tensor means what it says (no packed or wrapped data)."""
+    return (
+        type(weight) in (nn.Parameter, Tensor, nn.Buffer)
+        and isinstance(weight, Tensor)
+        and weight.dtype in DENSE_DTYPES
+        and weight.ndim >= 2
+    )

@@ -8,9 +8,10 @@ from typing import TypeVar
 
 import torch
 
+from ..adapters import Target
 from ..noise import Noise
 from ..parallel import for_each
-from ..targets import Target, UnsupportedAdapterError
+from ..weights import UnsupportedAdapterError
 from .base import Perturbation
 from .in_place import RESTORE_MODES, WeightChangedError
 from .virtual import VirtualPerturbation

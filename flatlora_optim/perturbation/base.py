@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ..adapters import Target
 from ..noise import Noise
-from ..targets import Target
 
 
 class Perturbation:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters import Target
 from ..noise import Noise
 from ..sharding import like, local_part
-from ..targets import Target
 from ..weights import DenseWeight
 from . import arithmetic
 from .arithmetic import bits

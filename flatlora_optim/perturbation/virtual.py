@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..adapters import Target
 from ..noise import Noise
 from ..sharding import is_sharded
-from ..targets import Target, UnsupportedAdapterError
-from ..weights import FrozenWeight, own_forward
+from ..weights import FrozenWeight, UnsupportedAdapterError, own_forward
 from .base import Perturbation
 
 Forward = Callable[[Tensor], Tensor]

@@ -1,0 +1,346 @@
+"""Adapters and the frozen weights under them.
+
+Adapter layers are recognized by their attributes, never by their class, so that no library is
+imported and subclasses, renamed adapters and quantized variants are found alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .sharding import gathered, whole
+from .weights import DenseWeight, FrozenWeight, UnsupportedAdapterError, read_weight
+
+
+class LowRank(NamedTuple):
+    """An adapter product ``left @ right`` with the scaling folded into ``left``.
+
+    Shapes ``(m, r)`` and ``(r, n)``, float32, where ``m`` counts output neurons.
+    """
+
+    left: Tensor
+    right: Tensor
+
+
+class Target:
+    """One frozen weight and the adapter on top of it.
+
+    Args:
+        name: Where the adapter layer sits in the model.
+        layer: The adapter layer.
+        owner: The module that holds the frozen weight (PEFT's ``base_layer``).
+        weight: Reads the frozen weight.
+    """
+
+    def __init__(self, name: str, layer: nn.Module, owner: nn.Module, weight: FrozenWeight) -> None:
+        self.name = name
+        self.layer: Any = layer
+        self.owner = owner
+        self.weight = weight
+        self.aliases: list[nn.Module] = []
+        """Further modules that share this weight; it is perturbed once, for all of them."""
+        self.first_block = 0
+
+    @classmethod
+    def match(cls, name: str, module: nn.Module) -> Target | None:
+        """The target that ``module`` is, or None if it is of another type.
+
+        Raises:
+            UnsupportedAdapterError: It is of this type but can't be perturbed.
+        """
+        raise NotImplementedError
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the active adapters."""
+        raise NotImplementedError
+
+    def delta(self) -> LowRank | Tensor | None:
+        """The scaled product of all active adapters: low-rank, or dense of the stored shape.
+
+        None when no adapter is active, which leaves the weight unperturbed.
+        """
+        raise NotImplementedError
+
+    @property
+    def owners(self) -> list[nn.Module]:
+        return [self.owner, *self.aliases]
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter has been written into the base weight."""
+        return bool(getattr(self.layer, "merged", False))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {self.weight.kind}, {tuple(self.weight.shape)})"
+
+
+class PeftLoRA(Target):
+    """PEFT's LoRA on Linear, ``Conv1D``, convolution or Embedding, dense or quantized."""
+
+    @classmethod
+    def match(cls, name: str, module: nn.Module) -> Target | None:
+        if not (has(module, "base_layer", "scaling") and _lora_pairs(module)):
+            return None
+        if has(module, "parameter_name"):
+            raise UnsupportedAdapterError(
+                "adapts a bare parameter (`target_parameters`), whose axes are unknown; "
+                "adapt the layer by `target_modules` instead"
+            )
+        if hasattr(module, "lora_E"):
+            return None
+        owner = innermost_base_layer(module)
+        if not hasattr(owner, "weight") and hasattr(owner, "in_proj_weight"):
+            raise UnsupportedAdapterError("PEFT merges the adapter into `in_proj_weight` in each forward")
+        if getattr(owner, "groups", 1) > 1:
+            raise UnsupportedAdapterError(
+                "PEFT's adapter on a grouped convolution mixes channels that the weight keeps apart, "
+                "so there is no merged weight to take the strength of the noise from"
+            )
+        row_dim = 1 if _is_transposed(module, owner) else 0
+        return cls(name, module, owner, read_weight(owner, module, row_dim))
+
+    def _active(self) -> Iterator[tuple[str, Any, Any]]:
+        if getattr(self.layer, "disable_adapters", False):
+            return
+        pairs = _lora_pairs(self.layer)
+        for adapter in self.layer.active_adapters:
+            if adapter in pairs:
+                yield adapter, *pairs[adapter]
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        for _, a, b in self._active():
+            for part in (a, b):
+                if isinstance(part, nn.Parameter):
+                    yield part
+                else:
+                    yield from part.parameters()
+
+    def delta(self) -> LowRank | Tensor | None:
+        terms = [self._product(adapter, a, b) for adapter, a, b in self._active()]
+        if not terms:
+            return None
+        return LowRank(torch.cat([t.left for t in terms], 1), torch.cat([t.right for t in terms], 0))
+
+    def _product(self, adapter: str, a: Any, b: Any) -> LowRank:
+        scaling = float(self.layer.scaling[adapter])
+        a, b = _values(a, self.weight.device), _values(b, self.weight.device)
+        if adapter in getattr(self.layer, "lora_embedding_A", ()):
+            # Stored (tokens, dim) = A.T @ B.T: a row is what the layer outputs for one token.
+            return LowRank(a.T * scaling, b.T)
+        return LowRank(b.flatten(1) * scaling, a.flatten(1))
+
+
+class PeftAdditive(Target):
+    """Other PEFT adapters that add ``get_delta_weight(adapter)``: AdaLoRA, LoHa, LoKr.
+
+    Their delta has no cheap row norms, so it is made as a whole, one layer at a time.
+    """
+
+    MARKERS: ClassVar[tuple[str, ...]] = ("lora_E", "hada_w1_a", "lokr_w1")
+
+    @classmethod
+    def match(cls, name: str, module: nn.Module) -> Target | None:
+        if not (
+            any(hasattr(module, marker) for marker in cls.MARKERS)
+            and has(module, "base_layer", "get_delta_weight")
+        ):
+            return None
+        owner = innermost_base_layer(module)
+        weight = read_weight(owner, module, 1 if _is_transposed(module, owner) else 0)
+        if weight.kind == "opaque":
+            raise UnsupportedAdapterError("this adapter's norms need a base weight that can be read")
+        return cls(name, module, owner, weight)
+
+    def _active(self) -> list[str]:
+        if getattr(self.layer, "disable_adapters", False):
+            return []
+        marker = next(getattr(self.layer, m) for m in self.MARKERS if hasattr(self.layer, m))
+        known = set(marker) | set(getattr(self.layer, "lokr_w1_a", ()))
+        return [a for a in self.layer.active_adapters if a in known]
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        active = self._active()
+        for path, parameter in self.layer.named_parameters():
+            if not path.startswith("base_layer.") and set(active) & set(path.split(".")):
+                yield parameter
+
+    def delta(self) -> Tensor | None:
+        return _sum_of_deltas(self, self._active())
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Where a hand-written LoRA module keeps its parts; see :func:`register`."""
+
+    weight: str
+    lora_A: str
+    lora_B: str
+    scaling: str | float
+    transposed: bool = False
+
+
+class HandWrittenLoRA(Target):
+    """Modules described by :func:`register`, and loralib-style layers, found by themselves."""
+
+    LORALIB: ClassVar[Registration] = Registration("weight", "lora_A", "lora_B", "scaling")
+
+    def __init__(
+        self, name: str, layer: nn.Module, owner: nn.Module, weight: FrozenWeight, parts: Registration
+    ) -> None:
+        super().__init__(name, layer, owner, weight)
+        self.parts = parts
+
+    @classmethod
+    def match(cls, name: str, module: nn.Module) -> Target | None:
+        parts = module.__dict__.get("flatlora_registration")
+        if parts is None:
+            if not (
+                isinstance(getattr(module, "lora_A", None), nn.Parameter)
+                and has(module, "weight", "lora_B", "scaling")
+            ):
+                return None
+            parts = cls.LORALIB
+            if getattr(module, "fan_in_fan_out", False):
+                raise UnsupportedAdapterError(
+                    "its weight is stored transposed (`fan_in_fan_out`); describe it by "
+                    "`flatlora_optim.register(module, ..., transposed=True)`"
+                )
+            if _find(module, "weight").ndim != 2:
+                raise UnsupportedAdapterError(
+                    "only 2-D loralib-style weights are recognized; describe it by `register`"
+                )
+        path, _, attribute = parts.weight.rpartition(".")
+        owner = module.get_submodule(path)
+        row_dim = int(parts.transposed)
+        if attribute == "weight":
+            weight = read_weight(owner, module, row_dim)
+        else:
+            weight = DenseWeight(owner, row_dim, attribute)
+        target = cls(name, module, owner, weight, parts)
+        delta = target.delta()
+        if delta is not None:
+            product = (delta.left.shape[0], delta.right.shape[1])
+            if product != (weight.rows, weight.columns):
+                raise ValueError(
+                    f"{name or 'module'}: B @ A has shape {product}, but the weight has "
+                    f"{weight.rows} output neurons and {weight.columns} inputs; check lora_A, "
+                    "lora_B (shapes (r, n) and (m, r)) and `transposed`"
+                )
+        return target
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        for path in (self.parts.lora_A, self.parts.lora_B):
+            part = _find(self.layer, path)
+            if isinstance(part, nn.Parameter):
+                yield part
+
+    def delta(self) -> LowRank | None:
+        if bool(getattr(self.layer, "disable_adapters", False)):
+            return None
+        device, parts = self.weight.device, self.parts
+        scaling = parts.scaling
+        if isinstance(scaling, str):
+            scaling = float(_find(self.layer, scaling))
+        left = _values(_find(self.layer, parts.lora_B), device).flatten(1)
+        right = _values(_find(self.layer, parts.lora_A), device).flatten(1)
+        return LowRank(left * scaling, right)
+
+
+TARGET_TYPES: list[type[Target]] = [HandWrittenLoRA, PeftLoRA, PeftAdditive]
+"""Tried in order on each module. A new type of adapter is one class and one entry here."""
+
+
+def register(
+    module: nn.Module,
+    *,
+    lora_A: str,
+    lora_B: str,
+    weight: str = "weight",
+    scaling: str | float = 1.0,
+    transposed: bool = False,
+) -> nn.Module:
+    """Describes a hand-written LoRA module, so that :class:`FlatLoRAOptimizer` perturbs it.
+
+    The parts are named by attribute path and looked up anew at each step, so the module may be
+    moved, cast, copied or pickled afterwards.
+
+    Args:
+        module: Computes ``x @ (weight + scaling * B @ A).T`` in whatever way.
+        lora_A: Path of A, shape ``(r, n)`` (or its convolution kernel).
+        lora_B: Path of B, shape ``(m, r)``.
+        weight: Path of the frozen weight, shape ``(m, n)``.
+        scaling: A number, or the path of one.
+        transposed: Whether the weight is stored ``(n, m)``.
+
+    Returns:
+        ``module``, so that the call can wrap its construction.
+
+    Raises:
+        AttributeError: A path does not exist.
+        TypeError: A path names something that is not a tensor, or not a number for ``scaling``.
+    """
+    for path in (weight, lora_A, lora_B):
+        if not isinstance(_find(module, path), Tensor):
+            raise TypeError(f"{path!r} of {type(module).__name__} is not a tensor; name the parameter itself")
+    value = _find(module, scaling) if isinstance(scaling, str) else scaling
+    if not isinstance(value, (int, float, Tensor)):
+        raise TypeError(f"scaling must be a number or the path of one, got {value!r}")
+    module.flatlora_registration = Registration(weight, lora_A, lora_B, scaling, transposed)  # type: ignore[assignment]
+    return module
+
+
+def innermost_base_layer(module: nn.Module) -> nn.Module:
+    """The module under one or more nested adapter layers."""
+    while isinstance(base := getattr(module, "base_layer", None), nn.Module):
+        module = base
+    return module
+
+
+def _lora_pairs(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """A and B of each adapter, as modules or parameters."""
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for a_name, b_name in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+        a, b = getattr(module, a_name, None), getattr(module, b_name, None)
+        if isinstance(a, (nn.ModuleDict, nn.ParameterDict)) and isinstance(
+            b, (nn.ModuleDict, nn.ParameterDict)
+        ):
+            pairs.update({key: (a[key], b[key]) for key in a if key in b})
+    return pairs
+
+
+def _is_transposed(layer: nn.Module, owner: nn.Module) -> bool:
+    """Whether the weight is stored (inputs, outputs), as in the Conv1D of GPT-2."""
+    return bool(getattr(layer, "fan_in_fan_out", False)) and not isinstance(owner, nn.Embedding)
+
+
+@torch.no_grad()
+def _sum_of_deltas(target: Target, adapters: Iterable[str]) -> Tensor | None:
+    """The dense products that PEFT itself makes, in the weight's stored shape."""
+    total: Tensor | None = None
+    with gathered(target.layer, target.adapter_parameters()):
+        for adapter in adapters:
+            term: Tensor = target.layer.get_delta_weight(adapter)
+            term = term.detach().to(target.weight.device, torch.float32).reshape(target.weight.shape)
+            total = term if total is None else total + term
+    return total
+
+
+def _values(part: nn.Module | Tensor, device: torch.device) -> Tensor:
+    tensor: Tensor = part if isinstance(part, Tensor) else part.weight  # type: ignore[assignment]
+    return whole(tensor).to(device, torch.float32)
+
+
+def _find(module: nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def has(module: nn.Module, *names: str) -> bool:
+    return all(hasattr(module, name) for name in names)

@@ -1,0 +1,184 @@
+"""The frozen weights and the noise on them.
+
+They are in one of three states:
+
+    clean ──perturb──▶ perturbed ──restore──▶ clean
+                         │    ▲
+                    (a clean observer)
+                         ▼    │
+                       suspended
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+from . import sharding
+from .adapters import Target
+from .noise import Noise
+from .perturbation import (
+    Perturbation,
+    VirtualPerturbation,
+    WeightChangedError,
+    apply_all,
+    remove_all,
+)
+from .scales import RowNorms
+
+
+class NoisyWeights:
+    """The state machine around the perturbations of one model.
+
+    Args:
+        model: Whose FSDP2 modules give their shards back before noise comes or goes.
+        perturbations: One for each frozen weight.
+    """
+
+    def __init__(self, model: nn.Module, perturbations: Sequence[Perturbation]) -> None:
+        self._model = model
+        self.perturbations = perturbations
+        self.norms = [RowNorms(perturbation.target) for perturbation in perturbations]
+        self.is_perturbed = False
+        """Whether the step that is under way has noise, even if it is suspended right now."""
+        self.seconds = 0.0
+        """Time spent on noise so far."""
+        self._noises: Sequence[Noise | None] = ()
+        self._suspension: ExitStack | None = None
+        self._clean_versions: list[int] = []
+
+    @property
+    def targets(self) -> list[Target]:
+        return [perturbation.target for perturbation in self.perturbations]
+
+    @property
+    def is_suspended(self) -> bool:
+        return self._suspension is not None
+
+    def perturb(self, noises: Sequence[Noise | None]) -> None:
+        """From clean to perturbed. Takes everything back on an exception.
+
+        Args:
+            noises: One for each weight; None leaves it as it is.
+        """
+        self._reshard()
+        with self.timed():
+            self._noises = noises
+            # Known before it is true: an interrupt right after must find something to restore.
+            self.is_perturbed = True
+            try:
+                apply_all(self.perturbations, noises)
+            except BaseException:
+                self.is_perturbed = False
+                raise
+
+    def restore(self) -> None:
+        """From any state to clean.
+
+        Raises:
+            WeightChangedError: Somebody else wrote a weight while it carried noise.
+        """
+        suspension, self._suspension = self._suspension, None
+        try:
+            if self.is_perturbed:
+                self._remove()
+        finally:
+            if suspension is not None:
+                # Not closed: a graph built on the noise must not run backward without it.
+                suspension.pop_all()
+
+    def suspend(self) -> None:
+        """To clean weights that stay clean until ``resume``, which brings the same noise back."""
+        guard = ExitStack()
+        was_perturbed = self.is_perturbed
+        if was_perturbed:
+            for perturbation in self.perturbations:
+                if (tensor := perturbation.written()) is not None:
+                    # Values will be the same bits again: the graphs that saved them stay valid.
+                    guard.enter_context(_unsafe_preserve_version_counter(tensor))
+            self._remove()
+        self.is_perturbed, self._suspension = was_perturbed, guard
+        self._clean_versions = self._versions()
+
+    def resume(self) -> None:
+        """To the state before ``suspend``, or to clean if the weights were restored meanwhile."""
+        guard, self._suspension = self._suspension, None
+        if guard is None or not self.is_perturbed:
+            return
+        self.is_perturbed = False
+        self._reshard()
+        untouched = self._versions() == self._clean_versions
+        self.perturb(self._noises)
+        if untouched:
+            guard.close()
+        else:
+            # New weights were loaded meanwhile: backward passes through the old ones must fail.
+            guard.pop_all()
+        for perturbation in self.perturbations:
+            perturbation.seal()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that in-place noise is written to."""
+        for perturbation in self.perturbations:
+            if not isinstance(perturbation, VirtualPerturbation):
+                yield perturbation.target.weight.tensor  # type: ignore[attr-defined]
+
+    def clean_copy(self, tensor: Tensor) -> Tensor | None:
+        """What the tensor holds without noise, if it carries any."""
+        for perturbation in self.perturbations:
+            if perturbation.written() is tensor:
+                return perturbation.clean_copy()
+        return None
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def _remove(self) -> None:
+        self._reshard()
+        with self.timed():
+            checks = [(p, p.changed()) for p in self.perturbations]
+            changed = [p for p, check in checks if check()]
+            for perturbation in changed:
+                perturbation.abandon()
+            rewritten = [
+                n for p, n in zip(self.perturbations, self.norms, strict=True) if p.written() is not None
+            ]
+            try:
+                remove_all(self.perturbations)
+            except BaseException:
+                # It may have been interrupted before it began. Removing twice does no harm.
+                remove_all(self.perturbations)
+                raise
+            finally:
+                self.is_perturbed = False
+            for norms in rewritten:
+                norms.rewritten()
+        if changed:
+            names = ", ".join(p.target.name for p in changed[:3])
+            raise WeightChangedError(
+                f"the frozen weight of {names}{' …' if len(changed) > 3 else ''} was written while "
+                "it carried noise (merged, loaded or moved in the middle of a step?). It was left "
+                "as it is, noise included: load it again, and change weights only after "
+                "`optimizer.restore()` or `optimizer.step()`"
+            )
+
+    def _versions(self) -> list[int]:
+        return [tensor._version for tensor in self.tensors()]
+
+    def _reshard(self) -> None:
+        """Gives FSDP2 modules their shards back: noise goes there, and is gathered from there.
+
+        FSDP2 keeps the gathered weights of the root module after a forward; they would not see
+        what is written to the shards.
+        """
+        for module in sharding.fsdp_modules(self._model):
+            module.reshard()
