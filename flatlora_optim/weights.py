@@ -369,7 +369,7 @@ def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int) -> FrozenWeigh
 def _is_plain(weight: object) -> bool:
     """Whether in-place arithmetic on the tensor means what it says (no packed or wrapped data)."""
     return (
-        type(weight) in (nn.Parameter, Tensor, nn.Buffer)
+        type(weight) in (nn.Parameter, Tensor)
         and isinstance(weight, Tensor)
         and weight.dtype in DENSE_DTYPES
         and weight.ndim >= 2
