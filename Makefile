@@ -1,34 +1,53 @@
-# Every target makes the virtual environment first, or reuses it.
+# Every target makes the virtual environment that it needs first, or reuses it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help test lint demo clean
+.PHONY: help demo qlora test lint bench generalization clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
-$(VENV)/.installed: pyproject.toml constraints.txt
-	@echo "Installing flatlora-optim and what its tests and examples need into $(VENV) (a few minutes, once)"
+$(VENV)/.made: constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing PyTorch into $(VENV) (once)"
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@# torch first, so that nothing below resolves to another build of it
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) torch
 	@touch $@
 
-test: $(VENV)/.installed  ## Run the test suite
-	@echo "Running the tests"
-	@$(BIN)/python -m pytest
+$(VENV)/.demo: $(VENV)/.made pyproject.toml
+	@echo "Installing flatlora-optim and what its demo needs into $(VENV) (once)"
+	@$(PIP) --editable '.[demo]'
+	@touch $@
 
-lint: $(VENV)/.installed  ## Check style and types
+$(VENV)/.dev: $(VENV)/.made pyproject.toml
+	@echo "Installing flatlora-optim and what its tests and examples need into $(VENV) (a few minutes, once)"
+	@$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo  ## Fine-tune MiniLM on movie reviews, with and without Flat-LoRA (some minutes)
+	@$(BIN)/python examples/sentiment.py
+
+qlora: $(VENV)/.dev  ## Fine-tune a 4-bit SmolLM2 on arithmetic, with and without Flat-LoRA
+	@$(BIN)/python examples/qlora.py
+
+test: $(VENV)/.dev  ## Run the test suite
+	@echo "Running the tests, one process per core"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+lint: $(VENV)/.dev  ## Check style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-demo: $(VENV)/.installed  ## Fine-tune MiniLM on movie reviews, with and without Flat-LoRA
-	@$(BIN)/python examples/sentiment.py
+bench: $(VENV)/.dev  ## Measure speed, memory and drift; writes benchmarks/RESULTS.md (under 15 minutes)
+	@$(BIN)/python benchmarks/run.py
 
-clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+generalization: $(VENV)/.dev  ## Run or resume the study in benchmarks/GENERALIZATION.md (hours)
+	@$(BIN)/python benchmarks/generalization.py
+
+clean:  ## Remove the virtual environments and caches
+	rm -rf $(VENV) .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

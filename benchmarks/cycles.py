@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+
+from flatlora_optim.scales import RowNorms
 from layers import (
     LLAMA_BLOCK,
     MINILM_LAYER,
@@ -17,10 +20,7 @@ from layers import (
     twin,
 )
 from measure import interleave, peak_memory
-from torch import nn
 from transcription import Transcription
-
-from flatlora_optim.scales import RowNorms
 
 MODES = {
     f"{restore}, {noise}": {"restore": restore, "noise": noise}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from cycles import Cycle, ours, transcription
 from layers import adapted_weights, stack
-from torch import Tensor
 
 WEIGHT = (128, 256)
 CYCLES = (1, 100, 1000, 10_000)

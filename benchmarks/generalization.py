@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import report
-from study.methods import METHODS, Method
-from study.tasks import Arithmetic, Digits, Sentiment, Task
 from torch import nn
 from tqdm import tqdm
 
 from flatlora_optim import landscape
+from study import report
+from study.methods import METHODS, Method
+from study.tasks import Arithmetic, Digits, Sentiment, Task
 
 HERE = Path(__file__).parent
 TASKS: dict[str, type[Task[Any]]] = {"digits": Digits, "sentiment": Sentiment, "arithmetic": Arithmetic}

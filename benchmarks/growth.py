@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from cycles import Cycle, ours
 from layers import flatlora, stack
 from measure import interleave, num_threads

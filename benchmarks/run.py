@@ -17,12 +17,13 @@ from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is loaded; silences its profiler
 
+import torch
+
 import cycles
 import drift
 import growth
 import measure
 import report
-import torch
 import training
 
 HERE = Path(__file__).parent

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from layers import RANK, adapted_weights, flatlora, frozen_bytes, trainable, twin
 from measure import interleave, peak_memory
-from torch import Tensor, nn
 from transcription import Transcription
 
 PLAIN = "plain LoRA"
@@ -148,8 +149,9 @@ VARIANTS: dict[str, Callable[[nn.Module], Step]] = {
 
 
 def _smollm2() -> nn.Module:
-    import packages
     from transformers import AutoModelForCausalLM
+
+    import packages
 
     path = packages.smollm2()
     model: nn.Module = AutoModelForCausalLM.from_pretrained(

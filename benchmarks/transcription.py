@@ -14,8 +14,9 @@ from __future__ import annotations
 import math
 
 import torch
-from layers import SIGMA, adapted_weights
 from torch import Tensor, nn
+
+from layers import SIGMA, adapted_weights
 
 
 class Transcription:

@@ -5,12 +5,12 @@ accelerate launch --num_processes 2 --cpu examples/accelerate_ddp.py [--steps 20
 
 import argparse
 
-import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
+import tiny
 from flatlora_optim import FlatLoRAOptimizer
 
 

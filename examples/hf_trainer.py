@@ -6,10 +6,10 @@ python examples/hf_trainer.py [--steps 200] [--sigma 0.05]
 import argparse
 import tempfile
 
-import tiny
 import torch
 from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup
 
+import tiny
 from flatlora_optim import FlatLoRAOptimizer
 from flatlora_optim.integrations.transformers import FlatLoRACallback
 

@@ -7,11 +7,11 @@ import argparse
 from typing import Any
 
 import lightning
-import tiny
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+import tiny
 from flatlora_optim import FlatLoRAOptimizer
 
 

@@ -6,10 +6,10 @@ python examples/plain_loop.py [--steps 200] [--sigma 0.05]
 import argparse
 from itertools import cycle
 
-import tiny
 import torch
 from torch.utils.data import DataLoader
 
+import tiny
 from flatlora_optim import FlatLoRAOptimizer
 
 

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import packages
 import torch
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.optim import AdamW8bit
@@ -33,6 +32,7 @@ from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers import logging as transformers_logging
 
+import packages
 from flatlora_optim import FlatLoRAOptimizer
 
 

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packages import PackageUnavailableError, icwsm2014, minilm
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from flatlora_optim import FlatLoRAOptimizer
 from flatlora_optim.landscape import Slice1D, expected_loss, plot_slice_1d, slice_1d
+from packages import PackageUnavailableError, icwsm2014, minilm
 
 Example = tuple[str, int]
 Batch = Any  # a BatchEncoding, which models take as keyword arguments

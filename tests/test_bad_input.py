@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import MLP, OwnLoRA, changed_weights, fingerprint, flatlora, lora_mlp, trainable
 from torch import nn
 
 from flatlora_optim import FlatLoRAOptimizer, register
+from helpers import MLP, OwnLoRA, changed_weights, fingerprint, flatlora, lora_mlp, trainable
 
 
 def hooks_of(model: nn.Module) -> list[int]:

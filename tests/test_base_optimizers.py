@@ -11,13 +11,13 @@ import bitsandbytes as bnb
 import pytest
 import schedulefree
 import torch
-from helpers import MLP, assert_equal_tensors, flatlora, loss_of, trainable, with_lora
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchao.optim import AdamW8bit
 
 from flatlora_optim import FlatLoRAOptimizer
+from helpers import MLP, assert_equal_tensors, flatlora, loss_of, trainable, with_lora
 
 SIZE, RANK = 512, 8  # A and B of 4096 elements: smaller ones get no 8-bit state
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import changed_weights, fingerprint, flatlora, lora_mlp, loss_of, mlp_batch, trainable
 from torch import nn
 
 from flatlora_optim import FlatLoRAOptimizer
+from helpers import changed_weights, fingerprint, flatlora, lora_mlp, loss_of, mlp_batch, trainable
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "cosine": {"schedule": "cosine", "total_steps": 8},

@@ -14,9 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
-from helpers import assert_equal_tensors, changed_weights, fingerprint, flatlora, randomize_adapters
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+
+from helpers import assert_equal_tensors, changed_weights, fingerprint, flatlora, randomize_adapters
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 STEPS = 4

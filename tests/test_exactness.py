@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import OwnLoRA, fingerprint, flatlora, int_view, lora_convnet, lora_gpt2, lora_mlp, trainable
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import flatlora_optim
 from flatlora_optim import FlatLoRAOptimizer
+from helpers import OwnLoRA, fingerprint, flatlora, int_view, lora_convnet, lora_gpt2, lora_mlp, trainable
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BIT_EXACT = ["exact", "snapshot"]

@@ -13,12 +13,12 @@ import sys
 
 import pytest
 import torch
-from helpers import flatlora, int_view, lora_gpt2, lora_mlp, loss_of, mlp_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey, rounded_sum
+from helpers import flatlora, int_view, lora_gpt2, lora_mlp, loss_of, mlp_batch
 
 triton = pytest.importorskip("triton")
 

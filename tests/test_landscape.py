@@ -10,6 +10,9 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flatlora_optim import FlatLoRAOptimizer, find_targets, landscape
 from helpers import (
     assert_equal_tensors,
     changed_weights,
@@ -25,9 +28,6 @@ from helpers import (
     untouched_rng,
     with_lora,
 )
-from torch import Tensor, nn
-
-from flatlora_optim import FlatLoRAOptimizer, find_targets, landscape
 
 silent: dict[str, Any] = {"progress": False}
 

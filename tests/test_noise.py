@@ -13,6 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from scipy import stats
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from flatlora_optim import FlatLoRAOptimizer
+from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey
 from helpers import (
     ConvNet,
     OwnLoRA,
@@ -27,15 +36,6 @@ from helpers import (
     trainable,
     with_lora,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
-from scipy import stats
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
-
-from flatlora_optim import FlatLoRAOptimizer
-from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey
 
 FALSE_ALARM = 1e-6
 SIGMA = 0.1

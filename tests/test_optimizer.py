@@ -13,6 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+from torch.utils.checkpoint import checkpoint
+
+from flatlora_optim import FlatLoRAOptimizer, WeightChangedError
 from helpers import (
     assert_equal_tensors,
     changed_weights,
@@ -28,12 +34,6 @@ from helpers import (
     trainable,
     untouched_rng,
 )
-from peft import LoraConfig, get_peft_model_state_dict
-from torch import Tensor, nn
-from torch.optim import lr_scheduler
-from torch.utils.checkpoint import checkpoint
-
-from flatlora_optim import FlatLoRAOptimizer, WeightChangedError
 
 BATCH = mlp_batch()
 

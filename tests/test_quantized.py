@@ -13,12 +13,12 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from helpers import flatlora, gradients, randomize_adapters, trainable, with_lora
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatlora_optim import FlatLoRAOptimizer
+from helpers import flatlora, gradients, randomize_adapters, trainable, with_lora
 
 INPUTS, OUTPUTS = 64, 96
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import changed_weights, fingerprint
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from flatlora_optim import FlatLoRAOptimizer
+from helpers import changed_weights, fingerprint
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)

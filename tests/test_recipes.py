@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_equal_tensors, changed_weights, fingerprint
 from peft import PeftModel, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from flatlora_optim import FlatLoRAOptimizer
+from helpers import assert_equal_tensors, changed_weights, fingerprint
 
 FOLDER = Path(__file__).parents[1] / "examples" / "recipes"
 sys.path.insert(0, str(FOLDER))

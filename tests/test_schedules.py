@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from helpers import OwnLoRA, flatlora, int_view
 
 from flatlora_optim import FlatLoRAOptimizer
 from flatlora_optim.schedules import Schedule
+from helpers import OwnLoRA, flatlora, int_view
 
 TOTAL, SIGMA = 4, 0.2
 EXPECTED = {

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import fingerprint, flatlora, int_view, lora_mlp, loss_of, mlp_batch, trainable
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
 
 from flatlora_optim.noise import NoiseKey
+from helpers import fingerprint, flatlora, int_view, lora_mlp, loss_of, mlp_batch, trainable
 
 SEED, SIGMA = 17, 0.2
 BATCHES = st.integers(0, 3)

@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from flatlora_optim import FlatLoRAOptimizer, find_targets, register
 from helpers import (
     MLP,
     OwnLoRA,
@@ -27,10 +31,6 @@ from helpers import (
     trainable,
     with_lora,
 )
-from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
-from torch import Tensor, nn
-
-from flatlora_optim import FlatLoRAOptimizer, find_targets, register
 
 FC1, FC2 = "base_model.model.fc1", "base_model.model.fc2"
 

@@ -7,6 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
 from helpers import (
     assert_equal_tensors,
     changed_weights,
@@ -21,8 +24,6 @@ from helpers import (
     mlp_batch,
     with_lora,
 )
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 TOKENS = torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]])
 

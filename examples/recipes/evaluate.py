@@ -13,8 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import settings
 import yaml
+
+import settings
 from settings import Recipe
 
 

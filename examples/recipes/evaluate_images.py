@@ -9,12 +9,13 @@ import argparse
 import json
 from pathlib import Path
 
-import settings
 from peft import PeftModel
 from sklearn.metrics import accuracy_score
+from transformers import EvalPrediction, Trainer, TrainingArguments
+
+import settings
 from tasks import read_rows
 from tasks.image_classification import ZeroShotClassifier, load_vision, make_head, with_pixels
-from transformers import EvalPrediction, Trainer, TrainingArguments
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

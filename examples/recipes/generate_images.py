@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import settings
 import torch
 from diffusers import StableDiffusionXLPipeline
 from peft import PeftModel
+
+import settings
 
 
 def main(arguments: list[str] | None = None) -> None:

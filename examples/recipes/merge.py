@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import settings
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
+
+import settings
 
 
 def main(arguments: list[str] | None = None) -> None:

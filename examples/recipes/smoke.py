@@ -21,7 +21,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image as Picture
-from settings import Recipe, merge, processes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPConfig,
@@ -37,6 +36,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from settings import Recipe, merge, processes
 
 ROWS = 16
 Row = dict[str, Any]

@@ -13,14 +13,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import settings
 import torch
-from settings import Recipe
-from tasks import build
 from transformers import Trainer, TrainingArguments, set_seed
 
+import settings
 from flatlora_optim import FlatLoRAOptimizer
 from flatlora_optim.integrations.transformers import FlatLoRACallback
+from settings import Recipe
+from tasks import build
 
 
 def train(recipe: Recipe, output: Path, resume: bool = False) -> Trainer:

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import changed_weights, fingerprint, flatlora, lora_mlp, loss_of, mlp_batch, trainable
-from launch import launch
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+
+from helpers import changed_weights, fingerprint, flatlora, lora_mlp, loss_of, mlp_batch, trainable
+from launch import launch
 
 STEPS = 3
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch.distributed.checkpoint as dcp
-from helpers import flatlora, lora_mlp, loss_of, mlp_batch, randomize_adapters
-from launch import launch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -20,6 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 
 from flatlora_optim import FlatLoRAOptimizer
+from helpers import flatlora, lora_mlp, loss_of, mlp_batch, randomize_adapters
+from launch import launch
 
 SAVED_AT, TOTAL = 4, 8
 

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import MLP, flatlora, lora_convnet, lora_gpt2, lora_lm, lora_mlp, with_lora
-from launch import launch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam
+
+from helpers import MLP, flatlora, lora_convnet, lora_gpt2, lora_lm, lora_mlp, with_lora
+from launch import launch
 
 STEPS = 3
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 
 import torch
-from helpers import flatlora, lora_mlp
-from launch import launch, refusal
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+
+from helpers import flatlora, lora_mlp
+from launch import launch, refusal
 
 
 def fsdp1(model: nn.Module) -> nn.Module:

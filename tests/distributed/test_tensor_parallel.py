@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers import flatlora, lora_convnet, lora_mlp, loss_of, mlp_batch
-from launch import launch, refusal
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from helpers import flatlora, lora_convnet, lora_mlp, loss_of, mlp_batch
+from launch import launch, refusal
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from common import Watch, adapter, flat_optimizer, identical, tiny_model, token_batches
 from torch import nn
 
+from common import Watch, adapter, flat_optimizer, identical, tiny_model, token_batches
 from flatlora_optim import FlatLoRAOptimizer
 
 OVERFLOW = 2

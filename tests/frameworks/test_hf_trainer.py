@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
+
 from common import (
     Recording,
     Watch,
@@ -17,9 +20,6 @@ from common import (
     tiny_model,
     token_rows,
 )
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_pt_utils import LabelSmoother
-
 from flatlora_optim import FlatLoRAOptimizer
 from flatlora_optim.integrations.transformers import FlatLoRACallback
 

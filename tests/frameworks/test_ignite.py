@@ -4,6 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ignite.engine import Events, create_supervised_evaluator, create_supervised_trainer
+from ignite.handlers import Checkpoint, DiskSaver, global_step_from_engine
+from torch.nn import functional as F
+
 from common import (
     Watch,
     adapter,
@@ -14,9 +18,6 @@ from common import (
     tiny_model,
     token_batches,
 )
-from ignite.engine import Events, create_supervised_evaluator, create_supervised_trainer
-from ignite.handlers import Checkpoint, DiskSaver, global_step_from_engine
-from torch.nn import functional as F
 
 BATCHES, EPOCHS = 6, 2
 

@@ -6,6 +6,9 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
 from common import (
     Watch,
     adapter,
@@ -16,8 +19,6 @@ from common import (
     tiny_model,
     token_batches,
 )
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
 
 BATCHES, EPOCHS = 6, 2
 STEPS = EPOCHS * BATCHES // 2

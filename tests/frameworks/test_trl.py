@@ -5,6 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
 from common import (
     Recording,
     Watch,
@@ -15,11 +20,6 @@ from common import (
     in_new_process,
     tiny_model,
 )
-from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-
 from flatlora_optim import FlatLoRAOptimizer
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(60))]

@@ -9,8 +9,9 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftModel
-from settings import Recipe
 from torch import nn
+
+from settings import Recipe
 
 
 @dataclass

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from settings import Recipe, dtype, render
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -16,6 +15,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
 )
+
+from settings import Recipe, dtype, render
 
 from . import Task, first, lora_config, read_rows
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from datasets import Dataset
 from peft import TaskType, get_peft_model, prepare_model_for_kbit_training
-from settings import Recipe, dtype, holds, processes, render
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -16,6 +15,8 @@ from transformers import (
     BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
 )
+
+from settings import Recipe, dtype, holds, processes, render
 
 from . import Task, first, lora_config, read_rows
 

@@ -9,9 +9,10 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from peft import get_peft_model
-from settings import Recipe, dtype, processes, render
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from settings import Recipe, dtype, processes, render
 
 from . import Task, first, lora_config, read_rows
 
