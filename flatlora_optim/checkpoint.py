@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from . import schedules
+from .schedules import Schedule
 
 STEP = "flatlora_step"
 SEED = "flatlora_seed"
@@ -26,6 +27,56 @@ _SHAPED_LIKE_THE_PARAMETER = ("exp_avg", "momentum_buffer", "square_avg", "sum",
 
 CUSTOM_SCHEDULE = "custom"
 """Stands for a callable, which no checkpoint can carry."""
+
+
+def initial_state(
+    groups: list[dict[str, Any]],
+    *,
+    sigma: float,
+    seed: int,
+    total_steps: int | str | None,
+    schedule: str | Schedule,
+) -> dict[str, Any]:
+    """What each param group carries at the start of a run.
+
+    Args:
+        groups: The base optimizer's, some of which may have a sigma of their own.
+
+    Raises:
+        TypeError, ValueError: A value is of another type or out of range, the schedule lacks
+            ``total_steps``, or the groups carry another run's state.
+    """
+    check_schedule(schedule)
+    deferred = total_steps == "deferred"
+    total = None if deferred else check_total_steps(total_steps)
+    if total is None and not deferred and schedules.needs_total_steps(schedule):
+        raise ValueError(
+            f"the {schedule!r} schedule needs `total_steps`, the number of optimizer steps of "
+            "the run; pass it, or schedule='constant'"
+        )
+    for group in groups:
+        check_sigma(group.get(SIGMA, sigma))
+        if STEP in group:
+            raise ValueError(
+                "the param groups of base carry the state of another FlatLoRAOptimizer, which would "
+                "silently replace these options: make a new base optimizer, and load a checkpoint "
+                "by `FlatLoRAOptimizer.load_state_dict`"
+            )
+    return {
+        SIGMA: check_sigma(sigma),
+        STEP: 0,
+        SEED: check_seed(seed),
+        TOTAL_STEPS: total,
+        SCHEDULE: schedule if isinstance(schedule, str) else CUSTOM_SCHEDULE,
+    }
+
+
+def fill_groups(groups: list[dict[str, Any]], initial: dict[str, Any]) -> None:
+    """Gives groups that came from elsewhere (a plain checkpoint, the base) what is missing."""
+    for group in groups:
+        for key in KEYS:
+            if key not in group:
+                group[key] = initial[key] if key == SIGMA else groups[0].get(key, initial[key])
 
 
 def check_sigma(value: object) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import sharding
 from .noisy_weights import NoisyWeights
+from .perturbation import Perturbation
 
 if TYPE_CHECKING:
     from .optimizer import FlatLoRAOptimizer
@@ -200,3 +201,14 @@ def entrances(model: nn.Module, targets: set[int]) -> Iterator[nn.Module]:
         inside = {id(module) for module in child.modules()}
         if inside & targets and id(child) not in targets and not isinstance(child, _CONTAINERS):
             yield from entrances(child, targets)
+
+
+def release(perturbations: Sequence[Perturbation], handles: list[RemovableHandle]) -> None:
+    """Leaves the model as it was before it had an optimizer."""
+    for handle in handles:
+        handle.remove()
+    for perturbation in perturbations:
+        if perturbation.changed()():
+            perturbation.abandon()
+        else:
+            perturbation.remove()

@@ -22,31 +22,20 @@ from .adapters import Target
 from .checkpoint import CUSTOM_SCHEDULE, KEYS, SCHEDULE, SEED, SIGMA, STEP, TOTAL_STEPS
 from .noise import GaussianNoise, Noise, NoiseKey, NoiseSource
 from .noisy_weights import NoisyWeights
-from .perturbation import RESTORE_MODES, Perturbation, choose_perturbation
+from .perturbation import RESTORE_MODES
 from .scales import RowNorms, row_scales
 from .schedules import Schedule
+from .selection import choose_perturbations, listed
 from .table import NoiseTable
-from .targets import find_targets
-from .weights import UnsupportedAdapterError
+from .wrapper import OptimizerWrapper, check_base
 
 Closure = Callable[[], Any]
-
-_OPTIMIZER_MEMBERS = (
-    "param_groups",
-    "state",
-    "defaults",
-    "step",
-    "zero_grad",
-    "add_param_group",
-    "state_dict",
-    "load_state_dict",
-)
 
 NOISE_SOURCES: dict[str, Callable[[], NoiseSource]] = {"gaussian": GaussianNoise, "table": NoiseTable}
 """A new source of noise is one class and one entry here."""
 
 
-class FlatLoRAOptimizer(Optimizer):
+class FlatLoRAOptimizer(OptimizerWrapper):
     """Wraps an optimizer so that LoRA looks for minima that are flat in the full weight space.
 
     At each optimizer step the frozen weights carry Gaussian noise during forward and backward,
@@ -84,9 +73,6 @@ class FlatLoRAOptimizer(Optimizer):
             an option is out of range. Nothing has been changed then.
     """
 
-    # GradScaler then unscales by itself and skips `step` when it found an inf.
-    _step_supports_amp_scaling = False
-
     def __init__(
         self,
         base: Optimizer,
@@ -102,47 +88,26 @@ class FlatLoRAOptimizer(Optimizer):
         noise: str | NoiseSource = "gaussian",
         rank_noise: Literal["independent", "shared"] = "independent",
     ) -> None:
-        _check_base(base)
+        check_base(base)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        checkpoint.check_schedule(schedule)
-        deferred = total_steps == "deferred"
-        checked_total = None if deferred else checkpoint.check_total_steps(total_steps)
-        if checked_total is None and not deferred and schedules.needs_total_steps(schedule):
-            raise ValueError(
-                f"the {schedule!r} schedule needs `total_steps`, the number of optimizer steps of "
-                "the run; pass it, or schedule='constant'"
-            )
         _check_choice("mode", mode, ("auto", "in_place", "virtual"))
         _check_choice("restore", restore, tuple(RESTORE_MODES))
         _check_choice("rank_noise", rank_noise, ("independent", "shared"))
         if isinstance(noise, str):
             _check_choice("noise", noise, tuple(NOISE_SOURCES))
-        initial = {
-            SIGMA: checkpoint.check_sigma(sigma),
-            STEP: 0,
-            SEED: checkpoint.check_seed(seed),
-            TOTAL_STEPS: checked_total,
-            SCHEDULE: schedule if isinstance(schedule, str) else CUSTOM_SCHEDULE,
-        }
-        for group in base.param_groups:
-            checkpoint.check_sigma(group.get(SIGMA, sigma))
-            if STEP in group:
-                raise ValueError(
-                    "the param groups of base carry the state of another FlatLoRAOptimizer, which would "
-                    "silently replace these options: make a new base optimizer, and load a checkpoint "
-                    "by `FlatLoRAOptimizer.load_state_dict`"
-                )
-
+        initial = checkpoint.initial_state(
+            base.param_groups, sigma=sigma, seed=seed, total_steps=total_steps, schedule=schedule
+        )
         optimized = {id(p) for group in base.param_groups for p in group["params"]}
-        perturbations, skipped = _choose(model, optimized, mode, restore)
+        perturbations, skipped = choose_perturbations(model, optimized, mode, restore)
 
         # Nothing has been changed up to here, and nothing below fails.
         for other in hooks.attached_optimizers(model):
             # One that is forgotten but not collected yet, as when a notebook's cell runs again.
             if not optimized.isdisjoint(id(p) for group in other.param_groups for p in group["params"]):
                 other.close()
-        self.base = base
+        super().__init__(base)
         self._model = model
         self.skipped = skipped
         """Adapter layers that are not perturbed, and why."""
@@ -155,16 +120,14 @@ class FlatLoRAOptimizer(Optimizer):
         self._noises: list[Noise | None] | None = None
         self._noise_was_on = False
         self._warned = False
-        # What unpickling does: creates the tables of step hooks without taking parameters.
-        super().__setstate__({})
-        self._fill_groups()
+        checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
 
         handles = hooks.hook_state_dicts(self, model)
         if auto:
             handles += hooks.hook_forwards(self, model)
-        self._finalizer = weakref.finalize(self, _finalize, perturbations, handles)
+        self._finalizer = weakref.finalize(self, hooks.release, perturbations, handles)
         if skipped:
-            warnings.warn(f"Flat-LoRA leaves these adapters unperturbed:\n{_listed(skipped)}", stacklevel=2)
+            warnings.warn(f"Flat-LoRA leaves these adapters unperturbed:\n{listed(skipped)}", stacklevel=2)
 
     # ------------------------------------------------------------------ perturbing
 
@@ -265,7 +228,7 @@ class FlatLoRAOptimizer(Optimizer):
         return Noise(self._source, key, weight.grid(target.first_block), scales, weight.row_dim)
 
     def _sigmas(self) -> list[float]:
-        self._fill_groups()
+        checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
         sigma_of = {id(p): group[SIGMA] for group in self.param_groups for p in group["params"]}
         sigmas = []
         for target in self.targets:
@@ -278,30 +241,6 @@ class FlatLoRAOptimizer(Optimizer):
         return sigmas
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
-
-    @property  # type: ignore[override]
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property  # type: ignore[override]
-    def state(self) -> Any:
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property  # type: ignore[override]
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
 
     def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
         """Restores the frozen weights and lets the base optimizer update the adapters.
@@ -347,10 +286,6 @@ class FlatLoRAOptimizer(Optimizer):
         for group in self.param_groups:
             group[STEP] += 1
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Resets the gradients. Leaves the noise alone: it may come between forward and backward."""
-        self.base.zero_grad(set_to_none=set_to_none)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer. Its ``sigma`` defaults to the one of this optimizer.
 
@@ -360,11 +295,11 @@ class FlatLoRAOptimizer(Optimizer):
         if SIGMA in param_group:
             checkpoint.check_sigma(param_group[SIGMA])
         self.base.add_param_group(param_group)
-        self._fill_groups()
+        checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state; step, seed, sigma and schedule travel in ``param_groups``."""
-        self._fill_groups()
+        checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -373,7 +308,7 @@ class FlatLoRAOptimizer(Optimizer):
         Raises:
             TypeError, ValueError: The state is malformed or of another shape. Nothing was changed.
         """
-        self._fill_groups()
+        checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
         checkpoint.check_state_dict(
             state_dict, self.param_groups, custom_schedule=not isinstance(self._schedule, str)
         )
@@ -388,41 +323,6 @@ class FlatLoRAOptimizer(Optimizer):
             self._schedule = saved
         self._noises = None
         self._noise_was_on = False
-
-    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        return self.base.register_state_dict_pre_hook(hook, prepend)
-
-    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        return self.base.register_state_dict_post_hook(hook, prepend)
-
-    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        return self.base.register_load_state_dict_pre_hook(hook, prepend)
-
-    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        return self.base.register_load_state_dict_post_hook(hook, prepend)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Lightning's wrapper imitates our class around us: our methods run on it, and it would
-        # keep what they assign to itself.
-        wrapped = self.__dict__.get("_optimizer")
-        if isinstance(wrapped, FlatLoRAOptimizer) and name in wrapped.__dict__:
-            setattr(wrapped, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        # The base's own methods: `train()` and `eval()` of schedule-free optimizers, for example.
-        if name.startswith("__") or "base" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.__dict__["base"], name)
-
-    def _fill_groups(self) -> None:
-        """Gives groups that came from elsewhere (a plain checkpoint, the base) what is missing."""
-        for group in self.param_groups:
-            for key in KEYS:
-                if key not in group:
-                    known = self.param_groups[0].get(key, self._defaults_for_groups[key])
-                    group[key] = self._defaults_for_groups[key] if key == SIGMA else known
 
     # ------------------------------------------------------------------ looking inside
 
@@ -491,62 +391,6 @@ class FlatLoRAOptimizer(Optimizer):
         return f"{type(self).__name__} ({head}\n{body}\n  base: {self.base}\n)"
 
 
-def _check_base(base: object) -> None:
-    if isinstance(base, FlatLoRAOptimizer):
-        raise TypeError("base is a FlatLoRAOptimizer already; wrap the optimizer inside it instead")
-    if not (isinstance(base, Optimizer) or all(hasattr(base, n) for n in _OPTIMIZER_MEMBERS)):
-        raise TypeError(
-            f"base must be an optimizer such as torch.optim.AdamW(...), got {type(base).__name__}"
-        )
-
-
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _choose(
-    model: nn.Module, optimized: set[int], mode: str, restore: str
-) -> tuple[list[Perturbation], dict[str, str]]:
-    """How each target is perturbed, and why other adapters are not."""
-    found = find_targets(model, lambda target: _why_not_optimized(target, optimized))
-    perturbations = []
-    for target in found.targets:
-        try:
-            perturbations.append(choose_perturbation(target, mode, restore))
-        except UnsupportedAdapterError as reason:
-            if mode != "auto":
-                raise ValueError(f"{target.name}: {reason}") from None
-            found.skipped[target.name] = str(reason)
-    if not perturbations:
-        skipped = f"\nFound, but not usable:\n{_listed(found.skipped)}" if found.skipped else ""
-        raise ValueError(
-            f"no LoRA module to perturb in {type(model).__name__}. Looked for PEFT layers (`base_layer` with "
-            "`lora_A`/`lora_B` of an active adapter), loralib-style layers (`weight`, `lora_A`, `lora_B`, "
-            "`scaling`) and modules described by `flatlora_optim.register`, whose adapter parameters are in "
-            f"the base optimizer.{skipped}"
-        )
-    return perturbations, found.skipped
-
-
-def _why_not_optimized(target: Target, optimized: set[int]) -> str | None:
-    parameters = list(target.adapter_parameters())
-    if not parameters:
-        return "none of its adapters is active"
-    if not any(id(p) in optimized for p in parameters):
-        return "its adapter's parameters are not in the optimizer"
-    return None
-
-
-def _listed(skipped: dict[str, str]) -> str:
-    return "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())
-
-
-def _finalize(perturbations: list[Perturbation], handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-    for perturbation in perturbations:
-        if perturbation.changed()():
-            perturbation.abandon()
-        else:
-            perturbation.remove()

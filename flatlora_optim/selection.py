@@ -1,0 +1,54 @@
+"""Which adapters of a model are perturbed by an optimizer, and how."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .adapters import Target
+from .perturbation import Perturbation, choose_perturbation
+from .targets import find_targets
+from .weights import UnsupportedAdapterError
+
+
+def choose_perturbations(
+    model: nn.Module, optimized: set[int], mode: str, restore: str
+) -> tuple[list[Perturbation], dict[str, str]]:
+    """How each target is perturbed, and why other adapters are not.
+
+    Args:
+        optimized: The ids of the parameters in the base optimizer.
+
+    Raises:
+        ValueError: There is none, or one that can't be perturbed in the mode that was asked for.
+    """
+    found = find_targets(model, lambda target: _why_not_optimized(target, optimized))
+    perturbations = []
+    for target in found.targets:
+        try:
+            perturbations.append(choose_perturbation(target, mode, restore))
+        except UnsupportedAdapterError as reason:
+            if mode != "auto":
+                raise ValueError(f"{target.name}: {reason}") from None
+            found.skipped[target.name] = str(reason)
+    if not perturbations:
+        skipped = f"\nFound, but not usable:\n{listed(found.skipped)}" if found.skipped else ""
+        raise ValueError(
+            f"no LoRA module to perturb in {type(model).__name__}. Looked for PEFT layers (`base_layer` with "
+            "`lora_A`/`lora_B` of an active adapter), loralib-style layers (`weight`, `lora_A`, `lora_B`, "
+            "`scaling`) and modules described by `flatlora_optim.register`, whose adapter parameters are in "
+            f"the base optimizer.{skipped}"
+        )
+    return perturbations, found.skipped
+
+
+def _why_not_optimized(target: Target, optimized: set[int]) -> str | None:
+    parameters = list(target.adapter_parameters())
+    if not parameters:
+        return "none of its adapters is active"
+    if not any(id(p) in optimized for p in parameters):
+        return "its adapter's parameters are not in the optimizer"
+    return None
+
+
+def listed(skipped: dict[str, str]) -> str:
+    return "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())

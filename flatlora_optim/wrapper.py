@@ -1,0 +1,99 @@
+"""An optimizer that is another one, seen from outside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+_MEMBERS = (
+    "param_groups",
+    "state",
+    "defaults",
+    "step",
+    "zero_grad",
+    "add_param_group",
+    "state_dict",
+    "load_state_dict",
+)
+
+
+class OptimizerWrapper(Optimizer):
+    """Shares ``param_groups``, ``state`` and ``defaults`` with a base optimizer.
+
+    It *is* a :class:`torch.optim.Optimizer`, as learning-rate schedulers, ``GradScaler`` and
+    trainers demand, and each of them may hold either of the two.
+    """
+
+    # GradScaler then unscales by itself and skips `step` when it found an inf.
+    _step_supports_amp_scaling = False
+
+    def __init__(self, base: Optimizer) -> None:
+        self.base = base
+        # What unpickling does: creates the tables of step hooks without taking parameters.
+        super().__setstate__({})
+
+    @property  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property  # type: ignore[override]
+    def state(self) -> Any:
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    @property  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets the gradients. Leaves the noise alone: it may come between forward and backward."""
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        return self.base.register_state_dict_pre_hook(hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        return self.base.register_state_dict_post_hook(hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        return self.base.register_load_state_dict_pre_hook(hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        return self.base.register_load_state_dict_post_hook(hook, prepend)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning's wrapper imitates our class around us: our methods run on it, and it would
+        # keep what they assign to itself.
+        wrapped = self.__dict__.get("_optimizer")
+        if isinstance(wrapped, OptimizerWrapper) and name in wrapped.__dict__:
+            setattr(wrapped, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        # The base's own methods: `train()` and `eval()` of schedule-free optimizers, for example.
+        if name.startswith("__") or "base" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.__dict__["base"], name)
+
+
+def check_base(base: object) -> None:
+    """Raises TypeError unless ``base`` has all of an optimizer that is used here."""
+    if isinstance(base, OptimizerWrapper):
+        raise TypeError(f"base is a {type(base).__name__} already; wrap the optimizer inside it instead")
+    if not (isinstance(base, Optimizer) or all(hasattr(base, n) for n in _MEMBERS)):
+        raise TypeError(
+            f"base must be an optimizer such as torch.optim.AdamW(...), got {type(base).__name__}"
+        )
