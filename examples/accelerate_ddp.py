@@ -1,6 +1,6 @@
 """Flat-LoRA on several processes with Accelerate; each draws its own noise.
 
-accelerate launch --num_processes 2 --cpu examples/accelerate_ddp.py [--steps 200] [--sigma 0.05]
+accelerate launch --multi_gpu --num_processes 2 examples/accelerate_ddp.py [--steps 200] [--sigma 0.05]
 """
 
 import argparse
@@ -50,6 +50,8 @@ def main(steps: int, sigma: float) -> None:
         f"Result: loss {sum(losses) / len(losses):.3f} on held-out sequences, "
         f"{accelerator.num_processes} processes"
     )
+    # gloo can hang in its destructor if the last operation is still being cleared away.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

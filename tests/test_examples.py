@@ -30,6 +30,7 @@ def test_example_learns(name: str, launcher: list[str], tmp_path: Path) -> None:
         [sys.executable, *launcher, str(path), "--steps", "40"],
         capture_output=True,
         text=True,
+        timeout=240,
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
