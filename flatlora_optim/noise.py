@@ -24,6 +24,9 @@ from .parallel import for_each, scratch
 _CPU_BLOCK = 1 << 18
 _DEVICE_BLOCK = 1 << 22
 
+# Earlier releases, which belong to torch 2.4 and 2.5, can't compile the kernels.
+_OLDEST_TRITON = (3, 2)
+
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
@@ -95,7 +98,11 @@ def has_kernels(device: torch.device) -> bool:
     """Whether the Triton kernels run on the device."""
     if device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
         return False
-    return importlib.util.find_spec("triton") is not None
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= _OLDEST_TRITON
 
 
 @dataclass(frozen=True)
@@ -205,6 +212,22 @@ class Noise:
         else:
             for span in spans:
                 work(span)
+
+    @torch.no_grad()
+    def share_lost(self, weight: Tensor, strength: float = 1.0) -> float:
+        """The share of elements that ``strength`` times the noise leaves as they are, in one block.
+
+        The sum is rounded to the weight's dtype, and small noise away with it.
+        """
+        spans = self.grid.spans(weight.shape[0])
+        if not spans:
+            return 0.0  # this process holds no row
+        lo, hi = spans[0]
+        part = weight[lo:hi]
+        eps = self.block(lo, hi).mul_(strength).view(part.shape)
+        is_noisy = eps != 0
+        stays = (rounded_sum(part, eps) == part) & is_noisy
+        return float(stays.sum() / is_noisy.sum().clamp(min=1))
 
     @torch.no_grad()
     def add_to(self, weight: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey, rounded_sum
+from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey, has_kernels, rounded_sum
 from helpers import flatlora, int_view, lora_gpt2, lora_mlp, loss_of, mlp_batch
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", minversion="3.2")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
@@ -67,6 +67,16 @@ def test_the_kernels_compile_for_ampere_and_hopper(capability: int, dtype: str) 
         assert binary.asm["cubin"]
         # One rounding where torch has two would make the journal miss elements.
         assert "fma.rn.f32" not in binary.asm["ptx"] or kernel is kernels.cross_kernel
+
+
+@compiled
+def test_a_triton_that_cannot_compile_the_kernels_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    for version, usable in (("3.1.0", False), ("3.2.0", True), ("3.10.0+git1", True)):
+        monkeypatch.setattr(triton, "__version__", version)
+        has_kernels.cache_clear()
+        assert has_kernels(cuda) is usable
+    has_kernels.cache_clear()
 
 
 def philox(seed: int, counters: Tensor) -> tuple[Tensor, Tensor]:

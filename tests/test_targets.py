@@ -198,9 +198,7 @@ class TestSkipped:
         optimizer = flatlora(model)
         assert skipped_by(optimizer) == {"fc1": "none of its adapters is active"}
 
-    @pytest.mark.skipif(
-        "target_parameters" not in LoraConfig.__dataclass_fields__, reason="new in PEFT 0.17"
-    )
+    @pytest.mark.skipif("target_parameters" not in LoraConfig.__dataclass_fields__, reason="new in PEFT 0.17")
     def test_target_parameters(self) -> None:
         config = LoraConfig(target_modules=["fc1"], target_parameters=["fc2.weight"], r=2)
         optimizer = flatlora(get_peft_model(MLP(), config))
@@ -287,3 +285,20 @@ def test_a_trainable_weight_elsewhere_is_none_of_our_business() -> None:
     optimizer.step()
     assert all(not torch.equal(p, o) for p, o in zip(head, old, strict=True))
     assert set(map(id, head)) <= set(map(id, trainable(model)))
+
+
+def test_a_parametrized_weight_is_perturbed_in_the_forward() -> None:
+    """It is computed anew at each look, so that noise written to it would be lost."""
+    module = nn.Module()
+    module.linear = nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)).requires_grad_(False)
+    module.down, module.up = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.zeros(5, 2))
+    register(module, weight="linear.weight", lora_A="down", lora_B="up")
+    x = torch.randn(3, 6)
+    clean = module.linear(x)
+    optimizer = flatlora(module)
+    (target,) = optimizer.targets
+    assert target.weight.kind == "opaque"
+    with optimizer.perturbed():
+        difference = (module.linear(x) - clean).norm() / clean.norm()
+        assert 0.02 < difference < 0.5
+    assert torch.equal(module.linear(x), clean)
