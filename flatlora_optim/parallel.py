@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -34,40 +36,43 @@ def for_each(work: Callable[[T], object], items: Sequence[T]) -> None:
         for item in items:
             work(item)
         return
-    queue = iter(items)
-    next_item = threading.Lock()
-    failed = threading.Event()
+    todo = deque(items)
+    all_known = threading.Event()
 
     def drain() -> None:
-        while not failed.is_set():
-            with next_item:
-                item = next(queue, queue)
-            if item is queue:
-                return
-            try:
-                work(item)  # type: ignore[arg-type]
-            except BaseException:
-                failed.set()
-                raise
+        all_known.wait()
+        try:
+            for item in _taken_from(todo):
+                work(item)
+        except BaseException:
+            todo.clear()
+            raise
 
     futures: list[Future[None]] = []
     try:
-        pool = _pool_of(threads)
-        futures.extend(pool.submit(drain) for _ in range(min(threads, len(items))))
-    finally:
+        with suppress(RuntimeError):  # no more threads, as when the interpreter exits
+            futures.extend(_pool_of(threads).submit(drain) for _ in range(min(threads, len(items))))
+        all_known.set()
+        if not futures:
+            drain()
+        wait(futures)
+    except BaseException:
         # Also on Ctrl-C: nothing may write a weight any more once we are gone.
-        _wait(futures, failed)
+        todo.clear()
+        all_known.set()
+        wait(futures)
+        raise
     for future in futures:
         future.result()
 
 
-def _wait(futures: list[Future[None]], failed: threading.Event) -> None:
-    try:
-        wait(futures)
-    except BaseException:
-        failed.set()
-        wait(futures)
-        raise
+def _taken_from(todo: deque[T]) -> Iterator[T]:
+    while True:
+        try:
+            item = todo.popleft()
+        except IndexError:
+            return
+        yield item
 
 
 def _pool_of(threads: int) -> ThreadPoolExecutor:
@@ -77,11 +82,16 @@ def _pool_of(threads: int) -> ThreadPoolExecutor:
             pool = ThreadPoolExecutor(
                 threads, thread_name_prefix="flatlora", initializer=_become_worker, initargs=(ready,)
             )
-            for _ in range(threads):
-                pool.submit(int)
-            ready.wait()
-            # The workers' own setting also changed the default of threads yet to come.
-            torch.set_num_threads(threads)
+            try:
+                for _ in range(threads):
+                    pool.submit(int)
+                ready.wait()
+            except BaseException:
+                ready.abort()  # waiting threads would keep the interpreter from exiting
+                raise
+            finally:
+                # The workers' own setting also changed the default of threads yet to come.
+                torch.set_num_threads(threads)
             _pools[threads] = pool
         return _pools[threads]
 
@@ -89,7 +99,8 @@ def _pool_of(threads: int) -> ThreadPoolExecutor:
 def _become_worker(ready: threading.Barrier) -> None:
     _this_thread.is_worker = True
     torch.set_num_threads(1)
-    ready.wait()
+    with suppress(threading.BrokenBarrierError):
+        ready.wait()
 
 
 def scratch(slot: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -103,8 +114,14 @@ def scratch(slot: str, shape: Sequence[int], dtype: torch.dtype, device: torch.d
     numel = math.prod(shape)
     buffer = buffers.get((slot, dtype))
     if buffer is None or buffer.numel() < numel:
-        buffer = buffers[slot, dtype] = torch.empty(numel, dtype=dtype)
+        buffer = buffers[slot, dtype] = lasting_empty((numel,), dtype, device)
     return buffer[:numel].view(*shape)
+
+
+def lasting_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that can also be written after the ``torch.inference_mode()`` it was asked for in."""
+    with torch.inference_mode(False):
+        return torch.empty(*shape, dtype=dtype, device=device)
 
 
 def _forget_pools() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .noise import GaussianNoise, NoiseKey
+from .parallel import lasting_empty
 
 _SEGMENTS = 64
 _ALIGNMENT = 16
@@ -26,6 +27,8 @@ class NoiseTable:
     step may overlap in the table: with a table of S numbers, two blocks of b share some of them
     with probability about 2b / S, shifted against each other. Two steps read other places of a
     table of which each step renews a 64th, so steps that are 64 apart share nothing.
+
+    A table is for one optimizer: two that train at the same time would renew it under each other.
 
     Args:
         size: Numbers in the table, a multiple of 64. By default 2**22 on the CPU (16 MiB, which
@@ -59,11 +62,11 @@ class NoiseTable:
                 return known[1]
             if known is None:
                 size = self._size or (1 << 22 if device.type == "cpu" else 1 << 25)
-                table = torch.empty(size, dtype=torch.float32, device=device)
+                table = lasting_empty((size,), torch.float32, device)
             else:
                 table = known[1]
             self._tables.pop(device, None)
-            if known is not None and known[0]._replace(step=key.step - 1) == known[0]:
+            if known is not None and known[0] == key._replace(step=key.step - 1):
                 stale = [key.step % _SEGMENTS]
             else:
                 stale = list(range(_SEGMENTS))

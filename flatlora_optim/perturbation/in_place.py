@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..adapters import Target
 from ..noise import Noise
+from ..parallel import lasting_empty
 from ..sharding import like, local_part
 from ..weights import DenseWeight
 from . import arithmetic
@@ -84,7 +85,7 @@ class Snapshot(_InPlace):
         local = local_part(tensor)
         if self._copy is None or self._copy.shape != local.shape or self._copy.dtype != local.dtype:
             # Kept between steps: faulting in fresh pages costs more than the copy.
-            self._copy = torch.empty_like(local)
+            self._copy = lasting_empty(local.shape, local.dtype, local.device)
         self._copy.copy_(local)
         self._tensor = tensor
         noise.add_to(local)

@@ -59,7 +59,7 @@ def narrowed(corrections: Tensor) -> Tensor:
 
 def _numpy_is_there() -> bool:
     try:
-        torch.empty(0).numpy()
+        torch.empty(0, device="cpu").numpy()
     except RuntimeError:
         return False
     return True
