@@ -53,8 +53,8 @@ class Forwards:
             if not self._weights.is_perturbed and perturb is not None:
                 perturb()
         elif self._weights.is_perturbed:
-            self._weights.suspend()
             self._suspended = True
+            self._weights.suspend()
 
     def ends(self, module: nn.Module, failed: bool) -> None:
         if module not in self.running:
@@ -68,6 +68,15 @@ class Forwards:
             self.reset()
             self._weights.restore()
 
+    def check_replica(self, module: nn.Module) -> None:
+        """Raises RuntimeError if the replica should see noise, but was copied from clean weights."""
+        if not (self.running or self._weights.is_perturbed) and self._sees_noise(module):
+            raise RuntimeError(
+                "nn.DataParallel copies the weights before the noise comes. Give the DataParallel module "
+                "itself to FlatLoRAOptimizer; better, use DistributedDataParallel (`torchrun`), or show "
+                "the process a single GPU (`CUDA_VISIBLE_DEVICES=0`)"
+            )
+
     def resume(self) -> None:
         """Puts the noise on again that the forward of a clean observer had suspended."""
         if self._suspended:
@@ -76,6 +85,7 @@ class Forwards:
 
     def reset(self) -> None:
         """The weights are restored for another reason."""
+        self.running.clear()
         self._suspended = self.explicit = False
 
     def _sees_noise(self, module: nn.Module) -> bool:
@@ -121,6 +131,9 @@ class _Before(_ModelHook):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: Any) -> None:
         if (optimizer := self._optimizer()) is not None and not _in_backward():
+            if _is_replica(module):
+                optimizer._forwards.check_replica(module)
+                return
             with sharding.before_gathering(module, self):
                 optimizer._forwards.begins(module)
 
@@ -128,7 +141,7 @@ class _Before(_ModelHook):
 class _After(_ModelHook):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if (optimizer := self._optimizer()) is not None and not _in_backward():
+        if (optimizer := self._optimizer()) is not None and not _in_backward() and not _is_replica(module):
             # torch calls the hook without an output for an exception on its way out.
             failed = output is None and sys.exc_info()[0] is not None
             optimizer._forwards.ends(module, failed)
@@ -138,6 +151,11 @@ def _in_backward() -> bool:
     """Whether a forward is a recomputation, which must see what the first one saw, and which
     checkpointing ends early by an exception of its own."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _is_replica(module: nn.Module) -> bool:
+    """Whether ``nn.DataParallel`` made the module, for one device and one forward."""
+    return getattr(module, "_is_replica", False)
 
 
 class _CleanStateDict(_ModelHook):
