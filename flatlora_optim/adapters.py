@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .sharding import gathered, whole
-from .weights import DenseWeight, FrozenWeight, UnsupportedAdapterError, read_weight
+from .weights import FrozenWeight, UnsupportedAdapterError, read_weight
 
 
 class LowRank(NamedTuple):
@@ -216,11 +216,7 @@ class HandWrittenLoRA(Target):
                 )
         path, _, attribute = parts.weight.rpartition(".")
         owner = module.get_submodule(path)
-        row_dim = int(parts.transposed)
-        if attribute == "weight":
-            weight = read_weight(owner, module, row_dim)
-        else:
-            weight = DenseWeight(owner, row_dim, attribute)
+        weight = read_weight(owner, module, int(parts.transposed), attribute)
         target = cls(name, module, owner, weight, parts)
         delta = target.delta()
         if delta is not None:

@@ -336,9 +336,16 @@ def _compute_dtype(layer: nn.Module) -> torch.dtype:
     return bias.dtype if isinstance(bias, Tensor) else torch.get_default_dtype()
 
 
-def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int) -> FrozenWeight:
+def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int, name: str = "weight") -> FrozenWeight:
     """Chooses how the frozen weight of ``owner`` is read."""
-    weight = getattr(owner, "weight", None)
+    weight = getattr(owner, name, None)
+    # A parametrized weight is computed anew at each look: what is written to it is lost.
+    if is_sharded(weight) or (_is_plain(weight) and weight is getattr(owner, name)):
+        if not _is_plain(local_part(weight)):
+            raise UnsupportedAdapterError("its weight is both quantized and sharded")
+        return DenseWeight(owner, row_dim, name)
+    if name != "weight":
+        raise UnsupportedAdapterError(f"its {name!r} is no floating-point matrix that can be written")
     if type(weight).__name__ == "Params4bit":
         if all(getattr(holder, "quant_state", None) is None for holder in (weight, owner)):
             raise UnsupportedAdapterError("not quantized yet: move the model to its device first")
@@ -350,10 +357,6 @@ def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int) -> FrozenWeigh
         if all(getattr(holder, "SCB", None) is None for holder in (weight, state)):
             raise UnsupportedAdapterError("not quantized yet: move the model to its device first")
         return Bnb8bitWeight(owner)
-    if is_sharded(weight) and not _is_plain(local_part(weight)):
-        raise UnsupportedAdapterError("its weight is both quantized and sharded")
-    if is_sharded(weight) or _is_plain(weight):
-        return DenseWeight(owner, row_dim)
     rows = getattr(layer, "out_features", None) or getattr(owner, "out_features", None)
     columns = getattr(layer, "in_features", None) or getattr(owner, "in_features", None)
     if not (isinstance(rows, int) and isinstance(columns, int)):

@@ -248,3 +248,11 @@ def test_a_refused_state_leaves_a_perturbed_step_as_it_was() -> None:
         optimizer.load_state_dict({})
     assert optimizer.is_perturbed
     optimizer.restore()
+
+
+def test_a_registered_weight_of_integers() -> None:
+    layer = OwnLoRA(torch.randn(4, 4))
+    layer.register_buffer("codes", torch.ones(4, 4, dtype=torch.int8))
+    register(layer, weight="codes", lora_A="lora_A", lora_B="lora_B")
+    base = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.1)
+    refuses(ValueError, "'codes' is no floating-point matrix", model=layer, base=base)
