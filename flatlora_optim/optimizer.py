@@ -263,7 +263,7 @@ class FlatLoRAOptimizer(OptimizerWrapper):
         return loss
 
     def _base_takes_closure(self) -> bool:
-        return bool(inspect.signature(self.base.step).parameters)
+        return "closure" in inspect.signature(self.base.step).parameters
 
     def _call_perturbed(self, closure: Closure) -> Any:
         with torch.enable_grad(), self.perturbed():

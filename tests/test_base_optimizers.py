@@ -175,3 +175,20 @@ def test_lorafa_leaves_a_alone() -> None:
     optimizer.step(partial(closure, model, optimizer, 0))
     changed = {name for name, value in adapters(model).items() if not torch.equal(value, start[name])}
     assert changed == {name for name in start if "lora_B" in name}
+
+
+class WithoutClosure(torch.optim.SGD):
+    def step(self) -> None:  # type: ignore[override]
+        super().step()
+
+
+def test_a_base_whose_step_takes_no_closure_and_has_a_scheduler() -> None:
+    model, twin = adapted(), adapted()
+    base = WithoutClosure(trainable(model), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(base, 1)  # wraps `base.step`
+    optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, schedule="constant")
+    optimizer.step(partial(closure, model, optimizer, 0))
+    scheduler.step()
+    expected = flatlora(twin, seed=0)
+    expected.step(partial(closure, twin, expected, 0))
+    assert_equal_tensors(adapters(model), adapters(twin))
