@@ -279,6 +279,22 @@ def register(
     Raises:
         AttributeError: A path does not exist.
         TypeError: A path names something that is not a tensor, or not a number for ``scaling``.
+
+    Example:
+        >>> from flatlora_optim import find_targets, register
+        >>> class LoRALinear(nn.Module):
+        ...     def __init__(self, linear, rank):
+        ...         super().__init__()
+        ...         self.linear = linear.requires_grad_(False)
+        ...         self.down = nn.Parameter(torch.randn(rank, linear.in_features))
+        ...         self.up = nn.Parameter(torch.zeros(linear.out_features, rank))
+        ...         register(self, weight="linear.weight", lora_A="down", lora_B="up")
+        ...
+        ...     def forward(self, x):
+        ...         return self.linear(x) + x @ self.down.T @ self.up.T
+        >>> model = nn.Sequential(LoRALinear(nn.Linear(6, 4), rank=2))
+        >>> [target.name for target in find_targets(model).targets]
+        ['0']
     """
     for path in (weight, lora_A, lora_B):
         if not isinstance(_find(module, path), Tensor):

@@ -71,6 +71,22 @@ class FlatLoRAOptimizer(OptimizerWrapper):
         TypeError: ``base`` is no optimizer, ``model`` no module, or a number is of another type.
         ValueError: No adapter was found, a base weight is trainable or on the meta device, or
             an option is out of range. Nothing has been changed then.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from flatlora_optim import FlatLoRAOptimizer
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+        >>> model = get_peft_model(model, LoraConfig(r=2, target_modules=["0", "2"]))
+        >>> base = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        >>> optimizer = FlatLoRAOptimizer(base, model, sigma=0.05, total_steps=100)
+        >>> for x in torch.randn(3, 8, 6):
+        ...     loss = model(x).square().mean()  # at W + eps
+        ...     loss.backward()
+        ...     optimizer.step()  # W is back, and AdamW updates A and B
+        ...     optimizer.zero_grad()
+        >>> optimizer.step_count
+        3
     """
 
     def __init__(
@@ -170,7 +186,13 @@ class FlatLoRAOptimizer(OptimizerWrapper):
 
     @contextmanager
     def perturbed(self) -> Iterator[FlatLoRAOptimizer]:
-        """A block in which forward and backward run at W + eps. Restores whatever happens."""
+        """A block in which forward and backward run at W + eps. Restores whatever happens.
+
+        Example:
+            >>> with optimizer.perturbed():
+            ...     model(x).square().mean().backward()
+            >>> optimizer.step()
+        """
         try:
             self.perturb()
             yield self
@@ -184,6 +206,14 @@ class FlatLoRAOptimizer(OptimizerWrapper):
         Afterwards the same noise is on again and pending backward passes are still valid. Use it
         around a long evaluation or generation: each forward outside of it restores and perturbs
         anew.
+
+        Example:
+            >>> with optimizer.perturbed():
+            ...     loss = model(x).square().mean()
+            ...     with optimizer.clean():
+            ...         print(optimizer.is_perturbed)
+            ...     loss.backward()
+            False
         """
         if self._weights.is_suspended:
             yield  # inside another such block

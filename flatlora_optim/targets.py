@@ -18,6 +18,7 @@ class Discovery:
 
     targets: list[Target] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    """Why, by the name of the layer."""
 
     def report(self) -> str:
         return "\n".join(f"  {name}: {reason}" for name, reason in self.skipped.items())
