@@ -74,6 +74,8 @@ def region(tensor: Any) -> tuple[int, slice]:
     sizes, offsets = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
+    if sizes[1] == tensor.shape[1]:
+        return offsets[0], slice(None)
     inner = tensor.shape[2:].numel()
     return offsets[0], slice(offsets[1] * inner, (offsets[1] + sizes[1]) * inner)
 

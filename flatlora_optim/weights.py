@@ -22,6 +22,9 @@ from .sharding import is_sharded, local_part, region, sum_over_parts
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+_LARGEST_KERNEL_RANK = 64
+"""The kernel keeps a rank's sums in registers: beyond, it takes minutes to compile, and spills."""
+
 
 class UnsupportedAdapterError(Exception):
     """Why an adapter layer is left unperturbed; reported once by the optimizer."""
@@ -157,7 +160,7 @@ class DenseWeight(FrozenWeight):
             yield grid.first_row + lo, grid.first_row + hi, part.flatten(1)
 
     def cross_term(self, left: Tensor, right: Tensor) -> Tensor:
-        if is_sharded(self.tensor) or not has_kernels(self.device):
+        if is_sharded(self.tensor) or not has_kernels(self.device) or len(right) > _LARGEST_KERNEL_RANK:
             return super().cross_term(left, right)
         from .perturbation import kernels
 

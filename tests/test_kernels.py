@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flatlora_optim import find_targets
 from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey, has_kernels, rounded_sum
-from helpers import flatlora, int_view, lora_gpt2, lora_mlp, loss_of, mlp_batch
+from helpers import OwnLoRA, flatlora, int_view, lora_gpt2, lora_mlp, loss_of, mlp_batch
 
 triton = pytest.importorskip("triton", minversion="3.2")
 
@@ -146,6 +147,13 @@ def test_a_block_equals_the_torch_path_and_comes_back(
     kernels.perturb(weight, noise, 0, rows, journal=True, note=journals.append)
     numbers = ~before.isnan()
     assert torch.equal(int_view(weight)[numbers], int_view(expected)[numbers])
+
+    cut = rows // 2  # a shard of the rows sees the same noise
+    shard, grid = before[cut:].clone(), Grid(rows, row_size, "cpu", first_row=cut)
+    of_shard = Noise(GaussianNoise(), NoiseKey(seed, 3), grid, scales, row_dim)
+    kernels.perturb(shard, of_shard, 0, rows - cut, journal=False, note=lambda record: None)
+    assert torch.equal(int_view(shard)[numbers[cut:]], int_view(weight[cut:])[numbers[cut:]])
+
     kernels.restore(weight, noise, 0, rows, journal=journals[0], note=lambda: None)
     assert torch.equal(int_view(weight), int_view(before))
 
@@ -173,6 +181,27 @@ def test_the_cross_term_of_any_strides(rank: int) -> None:
     torch.testing.assert_close(kernels.cross_term(matrix, left, right), expected, rtol=1e-4, atol=1e-3)
     stored = matrix.T.contiguous().T
     torch.testing.assert_close(kernels.cross_term(stored, left, right), expected, rtol=1e-4, atol=1e-3)
+
+
+@interpreted
+def test_large_ranks_are_left_to_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatlora_optim.perturbation import kernels
+
+    layer = OwnLoRA(torch.randn(70, 90))
+    (target,) = find_targets(layer).targets
+    ranks: list[int] = []
+    cross_term = kernels.cross_term
+
+    def noted(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        ranks.append(len(right))
+        return cross_term(matrix, left, right)
+
+    monkeypatch.setattr(kernels, "cross_term", noted)
+    for rank in (64, 65):
+        left, right = torch.randn(70, rank), torch.randn(rank, 90)
+        expected = (left * (layer.weight @ right.T)).sum(1)
+        torch.testing.assert_close(target.weight.cross_term(left, right), expected, rtol=1e-3, atol=1e-3)
+    assert ranks == [64]
 
 
 @interpreted

@@ -221,12 +221,35 @@ def perturb(
     note: Callable[[TileJournal | None], object],
 ) -> None:
     """``part += eps`` for one block, as :func:`.arithmetic.perturb` does it."""
-    scales, seed, offset = noise.recipe(lo, hi)
     record = TileJournal(part) if journal else None
     arrays = [getattr(record, name, part) for name in ("low", "corrections", "starts", "counts", "total")]
+    _run_on_block(perturb_kernel, part, noise, lo, hi, arrays, journal, lambda: note(record))
+    if record is not None:
+        record.trim()
+
+
+def restore(
+    part: Tensor, noise: Noise, lo: int, hi: int, *, journal: TileJournal | None, note: Callable[[], object]
+) -> None:
+    """Takes away what :func:`perturb` has put on."""
+    arrays = [getattr(journal, name, part) for name in ("low", "corrections", "starts", "counts")]
+    _run_on_block(restore_kernel, part, noise, lo, hi, arrays, journal is not None, note)
+
+
+def _run_on_block(
+    kernel: Any,
+    part: Tensor,
+    noise: Noise,
+    lo: int,
+    hi: int,
+    arrays: list[Tensor],
+    journal: bool,
+    note: Callable[[], object],
+) -> None:
+    scales, seed, offset = noise.recipe(lo, hi)
 
     def launch(done: Tensor) -> None:
-        perturb_kernel[_tiles(part)](
+        kernel[_tiles(part)](
             part,
             scales,
             *arrays,
@@ -237,35 +260,6 @@ def perturb(
             offset,
             ROW_DIM=noise.row_dim,
             JOURNAL=journal,
-            BITS=_BITS[part.element_size()],
-            TILE=TILE,
-            **_EXACT,
-        )
-
-    _run(part, launch, lambda: note(record))
-    if record is not None:
-        record.trim()
-
-
-def restore(
-    part: Tensor, noise: Noise, lo: int, hi: int, *, journal: TileJournal | None, note: Callable[[], object]
-) -> None:
-    """Takes away what :func:`perturb` has put on."""
-    scales, seed, offset = noise.recipe(lo, hi)
-    arrays = [getattr(journal, name, part) for name in ("low", "corrections", "starts", "counts")]
-
-    def launch(done: Tensor) -> None:
-        restore_kernel[_tiles(part)](
-            part,
-            scales,
-            *arrays,
-            done,
-            part.numel(),
-            part[0].numel(),
-            seed,
-            offset,
-            ROW_DIM=noise.row_dim,
-            JOURNAL=journal is not None,
             BITS=_BITS[part.element_size()],
             TILE=TILE,
             **_EXACT,
