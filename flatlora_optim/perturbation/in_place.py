@@ -34,6 +34,8 @@ class _InPlace(Perturbation):
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
+        assert isinstance(target.weight, DenseWeight)
+        self._weight = target.weight
         self._tensor: Tensor | None = None
         self._seal: tuple[int, int, Tensor] | None = None
 
@@ -50,10 +52,9 @@ class _InPlace(Perturbation):
     def changed(self) -> Callable[[], bool]:
         if self._tensor is None or self._seal is None:
             return lambda: False
-        assert isinstance(self.target.weight, DenseWeight)
         version, address, probes = self._seal
         # A merge of a B that is still zero changes no element, but means to.
-        if self.target.weight.tensor is not self._tensor or self.target.merged:
+        if self._weight.tensor is not self._tensor or self.target.merged:
             return lambda: True
         version_now, address_now, probes_now = self._sealed(self._tensor)
         if (version_now, address_now) != (version, address) or probes_now.dtype != probes.dtype:
@@ -80,8 +81,7 @@ class Snapshot(_InPlace):
 
     @torch.no_grad()
     def apply(self, noise: Noise) -> None:
-        assert isinstance(self.target.weight, DenseWeight)
-        tensor = self.target.weight.tensor
+        tensor = self._weight.tensor
         local = local_part(tensor)
         if self._copy is None or self._copy.shape != local.shape or self._copy.dtype != local.dtype:
             # Kept between steps: faulting in fresh pages costs more than the copy.
@@ -123,8 +123,7 @@ class Subtract(_InPlace):
 
     @torch.no_grad()
     def apply(self, noise: Noise) -> None:
-        assert isinstance(self.target.weight, DenseWeight)
-        tensor = self.target.weight.tensor
+        tensor = self._weight.tensor
         local = local_part(tensor)
         self._noise, self._tensor = noise, tensor
         compute = _arithmetic(noise, local)
