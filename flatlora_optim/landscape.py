@@ -128,7 +128,7 @@ def expected_loss(
             at.loss(at.noises(NoiseKey(seed, k), scales, noise))
             for k in _progress(range(samples), "expected loss", progress)
         ]
-        return ExpectedLoss(torch.tensor(losses, dtype=torch.float64), at.at_minimum)
+        return ExpectedLoss(torch.tensor(losses, dtype=torch.float64, device="cpu"), at.at_minimum)
 
 
 def slice_1d(
@@ -155,7 +155,7 @@ def slice_1d(
         losses = [
             at.loss(at.along([(a, direction)])) for a in _progress(coordinates.tolist(), "slice", progress)
         ]
-    return Slice1D(coordinates, torch.tensor(losses, dtype=torch.float64))
+    return Slice1D(coordinates, torch.tensor(losses, dtype=torch.float64, device="cpu"))
 
 
 def slice_2d(
@@ -176,7 +176,7 @@ def slice_2d(
         d1, d2 = at.direction(seed, 0), at.direction(seed, 1)
         grid = [(a, b) for a in coordinates.tolist() for b in coordinates.tolist()]
         losses = [at.loss(at.along([(a, d1), (b, d2)])) for a, b in _progress(grid, "slice", progress)]
-    return Slice2D(coordinates, torch.tensor(losses, dtype=torch.float64).view(points, points))
+    return Slice2D(coordinates, torch.tensor(losses, dtype=torch.float64, device="cpu").view(points, points))
 
 
 def hessian_trace(
@@ -210,7 +210,7 @@ def hessian_trace(
         for k in _progress(range(samples), "Hessian trace", progress):
             key = NoiseKey(seed, k)
             values.append(hessian.curvature(at.vector(key)) if hessian else at.difference(key, step))
-    return Estimate(torch.tensor(values, dtype=torch.float64))
+    return Estimate(torch.tensor(values, dtype=torch.float64, device="cpu"))
 
 
 def top_eigenvalue(
@@ -307,7 +307,7 @@ def _coordinates(radius: float, points: int) -> Tensor:
     if not (math.isfinite(radius) and radius > 0):
         raise ValueError(f"radius must be finite and > 0, got {radius!r}")
     _check_count("points", points)
-    coordinates = torch.linspace(-radius, radius, points, dtype=torch.float64)
+    coordinates = torch.linspace(-radius, radius, points, dtype=torch.float64, device="cpu")
     # linspace may miss 0 by rounding.
     return torch.where(coordinates.abs() < radius * 1e-9, 0.0, coordinates)
 
