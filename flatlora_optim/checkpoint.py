@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -15,14 +17,24 @@ from torch import Tensor
 from . import schedules
 from .schedules import Schedule
 
-STEP = "flatlora_step"
-SEED = "flatlora_seed"
-TOTAL_STEPS = "flatlora_total_steps"
-SCHEDULE = "flatlora_schedule"
+_PREFIX = "flatlora_"
+STEP = _PREFIX + "step"
+SEED = _PREFIX + "seed"
+TOTAL_STEPS = _PREFIX + "total_steps"
+SCHEDULE = _PREFIX + "schedule"
 SIGMA = "sigma"
 KEYS = (SIGMA, STEP, SEED, TOTAL_STEPS, SCHEDULE)
 
-_SHAPED_LIKE_THE_PARAMETER = ("exp_avg", "momentum_buffer", "square_avg", "sum", "state1")
+_SHAPED_LIKE_THE_PARAMETER = (
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "momentum_buffer",
+    "square_avg",
+    "sum",
+    "state1",
+    "state2",
+)
 """What most optimizers keep for each element. No optimizer checks it by itself."""
 
 CUSTOM_SCHEDULE = "custom"
@@ -77,6 +89,28 @@ def fill_groups(groups: list[dict[str, Any]], initial: dict[str, Any]) -> None:
         for key in KEYS:
             if key not in group:
                 group[key] = initial[key] if key == SIGMA else groups[0].get(key, initial[key])
+        group[SIGMA] = check_sigma(group[SIGMA])  # a plain number, for it travels in checkpoints
+
+
+def complete_groups(
+    groups: list[dict[str, Any]], before: list[dict[str, Any]], options: Iterable[str]
+) -> None:
+    """Gives groups that were just loaded what a plain checkpoint does not know.
+
+    Raises:
+        ValueError: They lack an option of the base optimizer, whose own code has not added it.
+    """
+    for group, known in zip(groups, before, strict=True):
+        missing = [key for key in options if key in known and key not in group]
+        if missing:
+            raise ValueError(f"a param group of the checkpoint lacks {', '.join(map(repr, missing))}")
+        for key in KEYS:
+            group.setdefault(key, known[key])
+
+
+def take_state(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Takes from the groups what an optimizer under way has put there, and returns it."""
+    return [{key: group.pop(key) for key in KEYS if key in group and key != SIGMA} for group in groups]
 
 
 def check_sigma(value: object) -> float:
@@ -120,9 +154,12 @@ def check_schedule(value: object) -> None:
 
 
 def check_state_dict(
-    state_dict: object, groups: list[dict[str, Any]], *, custom_schedule: bool
+    state_dict: object, groups: list[dict[str, Any]], options: Iterable[str], *, custom_schedule: bool
 ) -> dict[str, Any]:
     """Checks a state dict against the optimizer's own groups, before anything is changed.
+
+    Args:
+        options: What a group says to the base optimizer: the keys of its ``defaults``.
 
     Returns:
         The state dict.
@@ -149,25 +186,83 @@ def check_state_dict(
             )
         parameters.update(zip(theirs["params"], ours["params"], strict=True))
         _check_group(theirs, custom_schedule)
+        _check_options({key: (theirs[key], ours[key]) for key in options if key in theirs and key in ours})
+    if len(parameters) != sum(len(group["params"]) for group in groups):
+        raise ValueError("the checkpoint names a parameter twice")
+    for key in (STEP, SEED, TOTAL_STEPS, SCHEDULE):
+        if any(group.get(key) != saved[0].get(key) for group in saved):
+            raise ValueError(f"the checkpoint's param groups disagree on {key!r}")
     # PEFT's LoRA-FA keeps its state under names of modules.
     unknown = [key for key in state_dict["state"] if isinstance(key, int) and key not in parameters]
     if unknown:
         raise ValueError(f"the checkpoint has state for parameters in no group: {unknown[:3]}")
     for name, parameter in parameters.items():
         _check_shapes(state_dict["state"].get(name, {}), parameter)
+    for group in saved:
+        _check_entries([(state_dict["state"].get(name), parameters[name].ndim) for name in group["params"]])
     return state_dict
+
+
+def _entries(state: dict[str, Any]) -> list[str]:
+    """What a parameter's state has of the known entries. SGD keeps None until there is momentum."""
+    return [
+        name
+        for name in _SHAPED_LIKE_THE_PARAMETER
+        if name in state and (name, state[name]) != ("momentum_buffer", None)
+    ]
+
+
+def _check_entries(states: list[tuple[Any, int]]) -> None:
+    """Parameters of one group and kind keep the same; those that never had a gradient, nothing."""
+    complete: dict[int, list[str]] = {}
+    for state, dims in states:
+        if state and _entries(state) != complete.setdefault(dims, _entries(state)):
+            raise ValueError(
+                f"the checkpoint is truncated: a parameter's state has {_entries(state)}, another's "
+                f"{complete[dims]}"
+            )
 
 
 def _check_shapes(state: object, parameter: Tensor) -> None:
     if not isinstance(state, dict):
         raise ValueError(f"the checkpoint's state of a parameter must be a dict, got {type(state).__name__}")
-    for name in _SHAPED_LIKE_THE_PARAMETER:
-        saved = state.get(name)
-        if isinstance(saved, Tensor) and saved.shape != parameter.shape:
+    if "step" in state:
+        _check_options({"step": (state["step"], 0)})
+    for name in _entries(state):
+        saved = state[name]
+        if not isinstance(saved, Tensor) or saved.is_complex() != parameter.is_complex():
+            raise ValueError(
+                f"the checkpoint's {name!r} must be a tensor like its parameter, got {saved!r:.50}"
+            )
+        if saved.shape != parameter.shape:
             raise ValueError(
                 f"the checkpoint's {name!r} has shape {tuple(saved.shape)}, its parameter has "
                 f"{tuple(parameter.shape)}: build the adapters with the rank they had then"
             )
+
+
+def _check_options(pairs: dict[str, tuple[object, object]]) -> None:
+    """Optimizers take any value from a checkpoint, and fail on it, or go wrong, at some later step."""
+    for key, (theirs, ours) in pairs.items():
+        # None or a bool may stand for each other: "decide by yourself", yes, no.
+        kinds = {_FLAG, "number"} if ours is None else {_kind(ours)}
+        if _kind(theirs) not in kinds:
+            raise ValueError(f"the checkpoint's {key!r} must be like {ours!r}, got {theirs!r:.60}")
+
+
+_FLAG = "flag"
+
+
+def _kind(value: object) -> object:
+    if value is None or isinstance(value, bool):
+        return _FLAG
+    if isinstance(value, (list, tuple)):
+        return tuple(_kind(item) for item in value)
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:
+        return "number"
+    return type(value)
 
 
 def _check_group(group: dict[str, Any], custom_schedule: bool) -> None:
@@ -178,6 +273,9 @@ def _check_group(group: dict[str, Any], custom_schedule: bool) -> None:
     missing = [key for key in KEYS if key not in group]
     if missing:
         raise ValueError(f"the checkpoint's Flat-LoRA state lacks {', '.join(missing)}")
+    unknown = [key for key in group if str(key).startswith(_PREFIX) and key not in KEYS]
+    if unknown:
+        raise ValueError(f"the checkpoint is of another version of flatlora-optim: it has {unknown[0]!r}")
     check_step(group[STEP])
     check_seed(group[SEED])
     # None is a length that is still to come: Accelerate loads a fresh optimizer's own state.

@@ -12,9 +12,11 @@ They are in one of three states:
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
@@ -29,6 +31,8 @@ from .perturbation import (
     remove_all,
 )
 from .scales import RowNorms
+from .sharding import local_part
+from .weights import DenseWeight
 
 
 class NoisyWeights:
@@ -65,31 +69,23 @@ class NoisyWeights:
         Args:
             noises: One for each weight; None leaves it as it is.
         """
-        self._reshard()
-        with self.timed():
-            self._noises = noises
-            # Known before it is true: an interrupt right after must find something to restore.
-            self.is_perturbed = True
-            try:
-                apply_all(self.perturbations, noises)
-            except BaseException:
-                self.is_perturbed = False
-                raise
+        self._noises = noises
+        self._put_on(ExitStack())
 
     def restore(self) -> None:
-        """From any state to clean.
+        """From any state to clean. An interrupt delays it, but doesn't prevent it.
 
         Raises:
             WeightChangedError: Somebody else wrote a weight while it carried noise.
         """
-        suspension, self._suspension = self._suspension, None
+        # Dropped, not closed: a graph built on the noise must not run backward without it.
+        self._suspension = None
         try:
-            if self.is_perturbed:
-                self._remove()
-        finally:
-            if suspension is not None:
-                # Not closed: a graph built on the noise must not run backward without it.
-                suspension.pop_all()
+            self._remove()
+        except BaseException:
+            # It may have come before anything was removed. Removing twice does no harm.
+            self._remove()
+            raise
 
     def suspend(self) -> None:
         """To clean weights that stay clean until ``resume``, which brings the same noise back."""
@@ -100,26 +96,34 @@ class NoisyWeights:
                 if (tensor := perturbation.written()) is not None:
                     # Values will be the same bits again: the graphs that saved them stay valid.
                     guard.enter_context(_unsafe_preserve_version_counter(tensor))
-            self._remove()
-        self.is_perturbed, self._suspension = was_perturbed, guard
+            self.restore()
         self._clean_versions = self._versions()
+        self.is_perturbed, self._suspension = was_perturbed, guard
 
     def resume(self) -> None:
         """To the state before ``suspend``, or to clean if the weights were restored meanwhile."""
         guard, self._suspension = self._suspension, None
         if guard is None or not self.is_perturbed:
             return
-        self.is_perturbed = False
-        self._reshard()
-        untouched = self._versions() == self._clean_versions
-        self.perturb(self._noises)
-        if untouched:
-            guard.close()
-        else:
+        if self._versions() != self._clean_versions:
             # New weights were loaded meanwhile: backward passes through the old ones must fail.
             guard.pop_all()
-        for perturbation in self.perturbations:
-            perturbation.seal()
+        self._put_on(guard)
+
+    def check_resolution(self, noises: Sequence[Noise | None], strength: float) -> None:
+        """Warns if 16-bit weights would round away most of ``strength`` times the noise."""
+        shares: dict[torch.dtype, list[float]] = {}
+        for weight, noise in zip((target.weight for target in self.targets), noises, strict=True):
+            if noise is not None and isinstance(weight, DenseWeight) and weight.tensor.element_size() == 2:
+                share = noise.share_lost(local_part(weight.tensor), strength)
+                shares.setdefault(weight.tensor.dtype, []).append(share)
+        for dtype, values in shares.items():
+            if (lost := sum(values) / len(values)) > 0.5:
+                warnings.warn(
+                    f"sigma is so small that {dtype} rounds the noise away in {lost:.0%} of the weights' "
+                    "elements, also where the schedule is at its height. Take a larger sigma, or float32",
+                    stacklevel=2,
+                )
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that in-place noise is written to."""
@@ -134,6 +138,23 @@ class NoisyWeights:
                 return perturbation.clean_copy()
         return None
 
+    def _put_on(self, versions: ExitStack) -> None:
+        self._reshard()
+        for norms in self.norms:
+            norms.forget_if_changed()
+        # Known before it is true: an interrupt right after must find something to restore.
+        self.is_perturbed = True
+        try:
+            with self.timed():
+                apply_all(self.perturbations, self._noises)
+            versions.close()
+            # From here on, a write by anybody else is noticed.
+            for perturbation in self.perturbations:
+                perturbation.seal()
+        except BaseException:
+            self.restore()
+            raise
+
     @contextmanager
     def timed(self) -> Iterator[None]:
         start = time.perf_counter()
@@ -143,6 +164,8 @@ class NoisyWeights:
             self.seconds += time.perf_counter() - start
 
     def _remove(self) -> None:
+        if not self.is_perturbed:
+            return
         self._reshard()
         with self.timed():
             checks = [(p, p.changed()) for p in self.perturbations]
@@ -152,14 +175,8 @@ class NoisyWeights:
             rewritten = [
                 n for p, n in zip(self.perturbations, self.norms, strict=True) if p.written() is not None
             ]
-            try:
-                remove_all(self.perturbations)
-            except BaseException:
-                # It may have been interrupted before it began. Removing twice does no harm.
-                remove_all(self.perturbations)
-                raise
-            finally:
-                self.is_perturbed = False
+            remove_all(self.perturbations)
+            self.is_perturbed = False
             for norms in rewritten:
                 norms.rewritten()
         if changed:

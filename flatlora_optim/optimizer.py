@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint, hooks, schedules, sharding
 from .adapters import Target
-from .checkpoint import CUSTOM_SCHEDULE, KEYS, SCHEDULE, SEED, SIGMA, STEP, TOTAL_STEPS
+from .checkpoint import CUSTOM_SCHEDULE, SCHEDULE, SEED, SIGMA, STEP, TOTAL_STEPS
 from .noise import GaussianNoise, Noise, NoiseKey, NoiseSource
 from .noisy_weights import NoisyWeights
 from .perturbation import RESTORE_MODES
@@ -131,11 +131,18 @@ class FlatLoRAOptimizer(OptimizerWrapper):
         self._schedule = schedule
         self._source = NOISE_SOURCES[noise]() if isinstance(noise, str) else noise
         self._rank_noise = rank_noise
+        self._options = {
+            "auto": auto,
+            "mode": mode,
+            "restore": restore,
+            "noise": noise,
+            "rank_noise": rank_noise,
+        }
         self._weights = NoisyWeights(model, perturbations)
         self._forwards = hooks.Forwards(self._weights, self._put_noise_on)
         self._noises: list[Noise | None] | None = None
         self._noise_was_on = False
-        self._warned = False
+        self._warned = self._resolution_checked = False
         checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
 
         handles = hooks.hook_state_dicts(self, model)
@@ -162,11 +169,7 @@ class FlatLoRAOptimizer(OptimizerWrapper):
             RuntimeError: Called inside :meth:`clean` or after :meth:`close`, or ``total_steps`` is
                 still unknown.
         """
-        if not self._finalizer.alive:
-            raise RuntimeError(
-                "this FlatLoRAOptimizer was closed, by close() or by a newer one for the same adapters: "
-                "use that one, or build another"
-            )
+        self._check_open()
         self._forwards.resume()
         if self._weights.is_suspended:
             raise RuntimeError("perturb() inside clean(): leave the `with optimizer.clean():` block first")
@@ -194,10 +197,15 @@ class FlatLoRAOptimizer(OptimizerWrapper):
             >>> optimizer.step()
         """
         try:
-            self.perturb()
-            yield self
-        finally:
+            try:
+                self.perturb()
+                yield self
+            finally:
+                self.restore()
+        except BaseException:
+            # An interrupt may have kept the restore from beginning. Restoring twice does no harm.
             self.restore()
+            raise
 
     @contextmanager
     def clean(self) -> Iterator[None]:
@@ -218,8 +226,8 @@ class FlatLoRAOptimizer(OptimizerWrapper):
         if self._weights.is_suspended:
             yield  # inside another such block
             return
-        self._weights.suspend()
         try:
+            self._weights.suspend()
             yield
         finally:
             self._weights.resume()
@@ -244,18 +252,17 @@ class FlatLoRAOptimizer(OptimizerWrapper):
                     self._noise_of(target, norms, sigma * factor, key)
                     for target, norms, sigma in zip(self.targets, self._weights.norms, sigmas, strict=True)
                 ]
+                if factor > 0 and not self._resolution_checked:
+                    self._resolution_checked = True
+                    self._weights.check_resolution(self._noises, 1 / factor)
         return self._noises
 
     def _noise_of(self, target: Target, norms: RowNorms, sigma: float, key: NoiseKey) -> Noise | None:
-        weight = target.weight
-        # The forward that brought us here may run under autocast; norms need float32.
-        with torch.autocast(weight.device.type, enabled=False):
-            # A merged layer trains nothing, and its weight is W' already.
-            delta = target.delta() if sigma > 0 and not target.merged else None
-            if delta is None:
-                return None
-            scales = row_scales(norms.merged(delta), sigma, weight.columns)
-        return Noise(self._source, key, weight.grid(target.first_block), scales, weight.row_dim)
+        # A merged layer trains nothing, and its weight is W' already.
+        merged = norms.merged() if sigma > 0 and not target.merged else None
+        if merged is None:
+            return None
+        return target.noise(self._source, key, row_scales(merged, sigma, target.weight.columns))
 
     def _sigmas(self) -> list[float]:
         checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
@@ -311,10 +318,11 @@ class FlatLoRAOptimizer(OptimizerWrapper):
                 "mode and with gradients enabled, or use step(closure) or `with optimizer.perturbed():`",
                 stacklevel=4,
             )
+        step = self.step_count + 1
+        for group in self.param_groups:
+            group[STEP] = step
         self._noises = None
         self._noise_was_on = False
-        for group in self.param_groups:
-            group[STEP] += 1
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer. Its ``sigma`` defaults to the one of this optimizer.
@@ -340,19 +348,37 @@ class FlatLoRAOptimizer(OptimizerWrapper):
         """
         checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
         checkpoint.check_state_dict(
-            state_dict, self.param_groups, custom_schedule=not isinstance(self._schedule, str)
+            state_dict,
+            self.param_groups,
+            self.defaults,
+            custom_schedule=not isinstance(self._schedule, str),
         )
-        self.restore()
-        before = [{key: group[key] for key in KEYS} for group in self.param_groups]
-        self.base.load_state_dict(state_dict)
-        for group, known in zip(self.param_groups, before, strict=True):
-            for key, value in known.items():
-                group.setdefault(key, value)
+        before = self.state, self.param_groups
+        try:
+            self.base.load_state_dict(state_dict)
+            checkpoint.complete_groups(self.param_groups, before[1], self.defaults)
+        except BaseException as error:
+            self.state, self.param_groups = before
+            if isinstance(error, Exception) and not isinstance(error, (TypeError, ValueError)):
+                raise ValueError(f"{type(self.base).__name__} can't load this state: {error!r}") from error
+            raise
         saved = self.param_groups[0][SCHEDULE]
         if saved != CUSTOM_SCHEDULE:
             self._schedule = saved
         self._noises = None
         self._noise_was_on = False
+        self.restore()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles take the model, the base and the step along."""
+        self._check_open()
+        if self._weights.is_perturbed:
+            raise RuntimeError(
+                "can't copy or pickle the optimizer while the weights carry noise: call "
+                "`optimizer.restore()` first, or do it right after `optimizer.step()`"
+            )
+        options = {**self._options, "sigma": self._defaults_for_groups[SIGMA], "schedule": self._schedule}
+        return _rebuilt, (type(self), self.base, self._model, options)
 
     # ------------------------------------------------------------------ looking inside
 
@@ -412,6 +438,13 @@ class FlatLoRAOptimizer(OptimizerWrapper):
         finally:
             self._finalizer()
 
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError(
+                "this FlatLoRAOptimizer was closed, by close() or by a newer one for the same adapters: "
+                "use that one, or build another"
+            )
+
     def __repr__(self) -> str:
         counts = Counter((p.target.weight.kind, p.mode) for p in self._weights.perturbations)
         lines = [f"  {n} {kind} weights: {how}" for (kind, how), n in sorted(counts.items())]
@@ -419,6 +452,16 @@ class FlatLoRAOptimizer(OptimizerWrapper):
         head = f"step {self.step_count} of {self.total_steps or '?'}, seed {self.seed}"
         body = "\n".join(lines)
         return f"{type(self).__name__} ({head}\n{body}\n  base: {self.base}\n)"
+
+
+def _rebuilt(
+    cls: type[FlatLoRAOptimizer], base: Optimizer, model: nn.Module, options: dict[str, Any]
+) -> FlatLoRAOptimizer:
+    state = checkpoint.take_state(base.param_groups)
+    optimizer = cls(base, model, total_steps="deferred", **options)
+    for group, values in zip(optimizer.param_groups, state, strict=True):
+        group.update(values)
+    return optimizer
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

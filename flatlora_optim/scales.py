@@ -39,14 +39,25 @@ class RowNorms:
             self._of = fingerprint
         return self._base
 
+    def forget_if_changed(self) -> None:
+        """To be called before the weight is written: afterwards it can't be told any more."""
+        if self._of != self.target.weight.fingerprint():
+            self._of = None
+
     def rewritten(self) -> None:
         """The weight was written, but with the bits it had: what is known of it stays true."""
         if self._of is not None:
             self._of = self.target.weight.fingerprint()
 
     @torch.no_grad()
-    def merged(self, delta: LowRank | Tensor) -> Tensor:
-        """``||W'[i]||``, shape ``(m,)``, float32."""
+    def merged(self) -> Tensor | None:
+        """``||W'[i]||``, shape ``(m,)``, float32; None when no adapter is active."""
+        # The forward that brought us here may run under autocast; norms need float32.
+        with torch.autocast(self.target.weight.device.type, enabled=False):
+            delta = self.target.delta()
+            return None if delta is None else self._with(delta)
+
+    def _with(self, delta: LowRank | Tensor) -> Tensor:
         weight = self.target.weight
         base = self.base_squared()
         if isinstance(delta, LowRank):

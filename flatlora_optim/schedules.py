@@ -57,4 +57,4 @@ def factor(schedule: str | Schedule, step: int, total_steps: int | None) -> floa
             f"the {schedule!r} schedule needs the length of the run: set `optimizer.total_steps` "
             "to the number of optimizer steps before the first forward"
         )
-    return _OF_PROGRESS[schedule](min(step / total_steps, 1.0))
+    return _OF_PROGRESS[schedule](min(step, total_steps) / total_steps)

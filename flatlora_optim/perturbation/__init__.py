@@ -44,19 +44,14 @@ def choose_perturbation(target: Target, mode: str, restore: str) -> Perturbation
 
 
 def apply_all(perturbations: Sequence[Perturbation], noises: Sequence[Noise | None]) -> None:
-    """Applies each noise, if there is one, to its target. Takes all back on an exception."""
+    """Applies each noise, if there is one, to its target. ``remove_all`` takes back also a part."""
 
     def apply(pair: tuple[Perturbation, Noise | None]) -> None:
         perturbation, noise = pair
         if noise is not None:
             perturbation.apply(noise)
-            perturbation.seal()
 
-    try:
-        _each(apply, list(zip(perturbations, noises, strict=True)), perturbations)
-    except BaseException:
-        remove_all(perturbations)
-        raise
+    _each(apply, list(zip(perturbations, noises, strict=True)), perturbations)
 
 
 def remove_all(perturbations: Sequence[Perturbation]) -> None:
