@@ -129,8 +129,6 @@ def row_scales(model: nn.Module) -> Cycle:
 
     def cycle() -> None:
         for each in norms:
-            delta = each.target.delta()
-            assert delta is not None
-            each.merged(delta)
+            each.merged()
 
     return cycle

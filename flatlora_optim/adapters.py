@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .noise import Noise, NoiseKey, NoiseSource
 from .sharding import gathered, whole
 from .weights import FrozenWeight, UnsupportedAdapterError, read_weight
 
@@ -65,6 +66,10 @@ class Target:
         None when no adapter is active, which leaves the weight unperturbed.
         """
         raise NotImplementedError
+
+    def noise(self, source: NoiseSource, key: NoiseKey, scales: Tensor) -> Noise:
+        """Noise for the weight, of these standard deviations in its rows."""
+        return Noise(source, key, self.weight.grid(self.first_block), scales, self.weight.row_dim)
 
     @property
     def owners(self) -> list[nn.Module]:

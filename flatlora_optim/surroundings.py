@@ -42,8 +42,8 @@ class Surroundings:
         self, key: NoiseKey, scales: Sequence[Tensor], source: NoiseSource | None = None
     ) -> list[Noise]:
         return [
-            Noise(source or GaussianNoise(), key, t.weight.grid(t.first_block), scale, t.weight.row_dim)
-            for t, scale in zip(self.targets, scales, strict=True)
+            target.noise(source or GaussianNoise(), key, scale)
+            for target, scale in zip(self.targets, scales, strict=True)
         ]
 
     def signs(self, key: NoiseKey, scale: float) -> list[Noise]:
@@ -212,9 +212,9 @@ def _dense_tensors(targets: Iterable[Target]) -> Vector:
 
 
 def _merged_norms(target: Target) -> Tensor:
-    delta = target.delta()
-    assert delta is not None
-    return RowNorms(target).merged(delta)
+    norms = RowNorms(target).merged()
+    assert norms is not None
+    return norms
 
 
 def _row_norms(noise: Noise) -> Tensor:

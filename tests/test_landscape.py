@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatlora_optim import FlatLoRAOptimizer, find_targets, landscape
+from flatlora_optim.surroundings import measuring
 from helpers import (
     assert_equal_tensors,
     changed_weights,
@@ -454,3 +455,11 @@ def test_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ax.get_xlabel() == "direction 1"
     assert len(ax.figure.axes) == 2  # the colorbar
     pyplot.close("all")
+
+
+def test_norms_are_exact_under_autocast() -> None:
+    model, loss_fn = lora_mlp(), partial(loss_of, batch=mlp_batch())
+    with measuring(model, loss_fn) as at:
+        expected = at.norms
+    with torch.autocast("cpu", torch.bfloat16), measuring(model, loss_fn) as at:
+        assert all(torch.equal(a, b) for a, b in zip(at.norms, expected, strict=True))
