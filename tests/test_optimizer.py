@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.checkpoint import checkpoint
 
-from flatlora_optim import FlatLoRAOptimizer, WeightChangedError
+from flatlora_optim import FlatLoRAOptimizer, GaussianNoise, WeightChangedError
+from flatlora_optim.noise import NoiseKey
 from helpers import (
     assert_equal_tensors,
     changed_weights,
@@ -916,3 +918,51 @@ def test_a_perturbed_model_refuses_to_be_copied(auto: bool, model: nn.Module) ->
             copy.deepcopy(model)
         with pytest.raises(RuntimeError, match=r"can't pickle.*optimizer\.restore"):
             pickle.dumps(model)
+
+
+@pytest.mark.parametrize("block", ["clean", "restore"])
+def test_norms_are_those_of_weights_loaded_in_the_middle_of_a_step(block: str) -> None:
+    model, twin = lora_mlp(), lora_mlp()
+    heavy = {name: 10 * value for name, value in model.state_dict().items()}
+    twin.load_state_dict(heavy)
+    optimizer, expected = flatlora(model, lr=0.0), flatlora(twin)
+    loss_of(model, BATCH)
+    if block == "clean":
+        with optimizer.clean():
+            model.load_state_dict(heavy)
+    else:
+        optimizer.restore()
+        model.load_state_dict(heavy)
+        optimizer.perturb()
+    optimizer.step()
+    with optimizer.perturbed(), expected.perturbed():
+        assert optimizer.metrics()["noise_norm"] == expected.metrics()["noise_norm"]
+
+
+class SometimesOutOfMemory(GaussianNoise):
+    def __init__(self) -> None:
+        self.left = math.inf
+
+    def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise MemoryError
+        return super().block(key, number, out)
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_a_restore_that_failed_can_be_repeated(blocks: int) -> None:
+    model, noise = lora_mlp(), SometimesOutOfMemory()
+    clean = fingerprint(model)
+    optimizer = flatlora(model, noise=noise)
+    loss_of(model, BATCH).backward()
+    noise.left = blocks
+    for _ in range(2 + blocks):
+        with pytest.raises(MemoryError):
+            optimizer.step()
+        assert optimizer.is_perturbed
+        assert optimizer.step_count == 0
+    noise.left = math.inf
+    optimizer.step()
+    assert not changed_weights(model, clean)
+    assert optimizer.step_count == 1
