@@ -13,22 +13,24 @@ from __future__ import annotations
 
 import argparse
 import copy
-import random
+import hashlib
 import time
 import warnings
-from collections.abc import Iterator
+from itertools import cycle, islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
+import peft
 import torch
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.optim import AdamW8bit
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LinearLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers import logging as transformers_logging
 
@@ -58,11 +60,14 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
-    rows = []
+    model = quantized_model(source, args)
+    packed = packed_bytes(model)
+    untrained = copy.deepcopy(peft.get_peft_model_state_dict(model))
+
+    table = Table("method", *(f"right, {name}" for name in task.tests), "training loss", "per step")
+    table.add_row("before training", *scores(model, tokenizer, task, args, "before"))
     for method, sigma in (("QLoRA", 0.0), ("QLoRA + Flat-LoRA", args.sigma)):
-        model = quantized_model(source, args)
-        if not rows:
-            rows.append(("before training", *scores(model, tokenizer, task, args, "before"), "", ""))
+        peft.set_peft_model_state_dict(model, untrained)
         optimizer: Optimizer = AdamW8bit((p for p in model.parameters() if p.requires_grad), lr=args.lr)
         if sigma > 0:
             optimizer = FlatLoRAOptimizer(
@@ -72,10 +77,12 @@ def main() -> None:
         start = time.perf_counter()
         loss = train(model, tokenizer, optimizer, task, args, method)
         seconds = (time.perf_counter() - start) / args.steps
-        rows.append(
-            (method, *scores(model, tokenizer, task, args, method), f"{loss:.3f}", f"{seconds:.2f} s")
-        )
-    show(rows, task)
+        right = scores(model, tokenizer, task, args, method)
+        table.add_row(method, *right, f"{loss:.3f}", f"{seconds:.2f} s")
+    Console().print(table)
+    if packed_bytes(model) != packed:
+        raise SystemExit("training has changed the frozen 4-bit weights")
+    print("The frozen 4-bit weights are the same bytes as before training.")
 
 
 def parse_args() -> argparse.Namespace:
@@ -99,27 +106,23 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-# ---------------------------------------------------------------------------- data
-
-
 def sums(args: argparse.Namespace) -> Task:
     """reasoning-gym's chain sums: two terms of up to two digits, and of three."""
     import reasoning_gym
 
-    def draw(size: int, seed: int, digits: tuple[int, int]) -> list[Example]:
-        low, high = digits
+    def draw(size: int, seed: int, low: int, high: int) -> list[Example]:
         entries = reasoning_gym.create_dataset(
             "chain_sum", size=size, seed=seed, min_terms=2, max_terms=2, min_digits=low, max_digits=high
         )
         preface = "State the final answer to the following arithmetic problem: "
         return [Example(e["question"].removeprefix(preface), e["answer"]) for e in entries]
 
-    train = draw(args.steps * args.batch_size, args.seed, (1, 2))
+    train = draw(args.steps * args.batch_size, args.seed, 1, 2)
     seen = {example.question for example in train}
-    in_domain = [e for e in draw(4 * args.tests, args.seed + 1_000_003, (2, 2)) if e.question not in seen]
+    in_domain = [e for e in draw(4 * args.tests, args.seed + 1_000_003, 2, 2) if e.question not in seen]
     tests = {
         "2 digits": in_domain[: args.tests],
-        "3 digits": draw(args.tests, args.seed + 2_000_003, (3, 3)),
+        "3 digits": draw(args.tests, args.seed + 2_000_003, 3, 3),
     }
     return Task(train, tests, answer_tokens=6)
 
@@ -134,22 +137,8 @@ def hub_task(args: argparse.Namespace) -> Task:
         rows = datasets.load_dataset(name, config or None, split=split).shuffle(seed=args.seed)
         return [Example(row["question"], row["answer"]) for row in rows.select(range(min(size, len(rows))))]
 
-    return Task(
-        read("train", args.steps * args.batch_size), {"test": read("test", args.tests)}, answer_tokens=256
-    )
-
-
-def batches(examples: list[Example], args: argparse.Namespace) -> Iterator[list[Example]]:
-    """``steps`` batches; examples come again, shuffled anew, when there are too few."""
-    shuffled = random.Random(args.seed)
-    queue: list[Example] = []
-    for _ in range(args.steps):
-        while len(queue) < args.batch_size:
-            queue += shuffled.sample(examples, len(examples))
-        yield [queue.pop() for _ in range(args.batch_size)]
-
-
-# ---------------------------------------------------------------------------- model
+    train, test = read("train", args.steps * args.batch_size), read("test", args.tests)
+    return Task(train, {"test": test}, answer_tokens=256)
 
 
 def dequantized_smollm2() -> Path:
@@ -171,29 +160,33 @@ def dequantized_smollm2() -> Path:
 def quantized_model(source: str | Path, args: argparse.Namespace) -> nn.Module:
     # bfloat16 arithmetic is several times slower than float32 on most CPUs.
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
     torch.manual_seed(args.seed)
     model = AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=dtype,
-        device_map={"": args.device},
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        ),
+        source, dtype=dtype, device_map={"": args.device}, quantization_config=nf4
     )
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On CPUs with AVX512-BF16, bitsandbytes repacks the weights at the first evaluation
             # for a kernel without gradients. Training would go on without them.
             module.support_avx512bf16_for_cpu = False
-    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    config = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear")
-    return get_peft_model(model, config)
+    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = peft.LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear")
+    return peft.get_peft_model(model, config)
 
 
-# ---------------------------------------------------------------------------- training
+def packed_bytes(model: nn.Module) -> str:
+    """A digest of all that the 4-bit layers store: codes and quantization state."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if ".base_layer." in name:
+            digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def train(
@@ -201,73 +194,55 @@ def train(
 ) -> float:
     """The plain loop. Returns the mean loss of the last quarter."""
     model.train()
+    examples = cycle(task.train)
+    decay = LinearLR(optimizer, 1.0, 0.0, total_iters=args.steps)
     losses = []
-    for batch in track(batches(task.train, args), title, total=args.steps):
+    for _ in track(range(args.steps), title):
+        batch = list(islice(examples, args.batch_size))
         loss = model(**collate(batch, tokenizer, args.device)).loss
         loss.backward()
         optimizer.step()
+        decay.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    last = losses[-max(1, len(losses) // 4) :]
-    return sum(last) / len(last)
+    return fmean(losses[-max(1, args.steps // 4) :])
 
 
-def collate(batch: list[Example], tokenizer: Any, device: str) -> dict[str, torch.Tensor]:
+def collate(batch: list[Example], tokenizer: Any, device: str) -> Any:
     """Right-padded sequences; the loss sees only the answer and the end."""
     sequences, labels = [], []
     for question, answer in batch:
         prompt = tokenizer(question).input_ids
         target = [*tokenizer(f" {answer}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        sequences.append(torch.tensor(prompt + target))
+        sequences.append(prompt + target)
         labels.append(torch.tensor([-100] * len(prompt) + target))
-    pad = nn.utils.rnn.pad_sequence
-    inputs = pad(sequences, batch_first=True, padding_value=tokenizer.pad_token_id)
-    # Not by comparing with the padding token, which may be the end-of-text token as well.
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    mask = torch.arange(inputs.shape[1]) < lengths[:, None]
-    return {
-        "input_ids": inputs.to(device),
-        "attention_mask": mask.long().to(device),
-        "labels": pad(labels, batch_first=True, padding_value=-100).to(device),
-    }
+    inputs = tokenizer.pad({"input_ids": sequences}, padding_side="right", return_tensors="pt")
+    inputs["labels"] = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+    return inputs.to(device)
 
 
 @torch.no_grad()
-def scores(
-    model: nn.Module, tokenizer: Any, task: Task, args: argparse.Namespace, title: str
-) -> Iterator[float]:
+def scores(model: Any, tokenizer: Any, task: Task, args: argparse.Namespace, title: str) -> list[str]:
     """Share of exactly right answers on each test set, by greedy generation."""
     model.eval()
+    shares = []
     for name, examples in task.tests.items():
         right = 0
         for i in track(range(0, len(examples), 50), f"{title}: {name}"):
-            right += sum(answered(model, tokenizer, examples[i : i + 50], task.answer_tokens, args.device))
-        yield right / len(examples)
-
-
-def answered(
-    model: Any, tokenizer: Any, examples: list[Example], answer_tokens: int, device: str
-) -> list[bool]:
-    questions = [example.question for example in examples]
-    inputs = tokenizer(questions, return_tensors="pt", padding=True, padding_side="left").to(device)
-    outputs = model.generate(
-        **inputs, max_new_tokens=answer_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-    )
-    texts = tokenizer.batch_decode(outputs[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    return [final(text) == final(example.answer) for text, example in zip(texts, examples, strict=True)]
+            batch = examples[i : i + 50]
+            asked = [example.question for example in batch]
+            inputs = tokenizer(asked, return_tensors="pt", padding=True, padding_side="left").to(args.device)
+            outputs = model.generate(**inputs, max_new_tokens=task.answer_tokens, do_sample=False)
+            texts = tokenizer.batch_decode(outputs[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+            right += sum(final(text) == final(e.answer) for text, e in zip(texts, batch, strict=True))
+        shares.append(f"{right / len(examples):.1%}")
+    return shares
 
 
 def final(text: str) -> str:
     """The answer proper: the first line, or what follows GSM8K's ``####``."""
     _, marker, result = text.partition("####")
     return (result if marker else text).strip().partition("\n")[0].strip()
-
-
-def show(rows: list[tuple[Any, ...]], task: Task) -> None:
-    table = Table("method", *(f"right, {name}" for name in task.tests), "loss", "per step")
-    for method, *shares, loss, seconds in rows:
-        table.add_row(method, *(f"{share:.1%}" for share in shares), loss, seconds)
-    Console().print(table)
 
 
 if __name__ == "__main__":
