@@ -5,7 +5,6 @@ A step's noise is drawn once, by its first perturbation, and is the same until `
 
 from __future__ import annotations
 
-import inspect
 import warnings
 import weakref
 from collections import Counter
@@ -17,17 +16,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from . import checkpoint, hooks, schedules, sharding
+from . import checkpoint, hooks, sharding
 from .adapters import Target
-from .checkpoint import CUSTOM_SCHEDULE, SCHEDULE, SEED, SIGMA, STEP, TOTAL_STEPS
+from .checkpoint import SIGMA
 from .noise import GaussianNoise, Noise, NoiseKey, NoiseSource
 from .noisy_weights import NoisyWeights
 from .perturbation import RESTORE_MODES
 from .scales import RowNorms, row_scales
+from .scheduled import ScheduledOptimizer
 from .schedules import Schedule
 from .selection import choose_perturbations, listed
 from .table import NoiseTable
-from .wrapper import OptimizerWrapper, check_base
+from .wrapper import check_base
 
 Closure = Callable[[], Any]
 
@@ -35,7 +35,7 @@ NOISE_SOURCES: dict[str, Callable[[], NoiseSource]] = {"gaussian": GaussianNoise
 """A new source of noise is one class and one entry here."""
 
 
-class FlatLoRAOptimizer(OptimizerWrapper):
+class FlatLoRAOptimizer(ScheduledOptimizer):
     """Wraps an optimizer so that LoRA looks for minima that are flat in the full weight space.
 
     At each optimizer step the frozen weights carry Gaussian noise during forward and backward,
@@ -123,12 +123,10 @@ class FlatLoRAOptimizer(OptimizerWrapper):
             # One that is forgotten but not collected yet, as when a notebook's cell runs again.
             if not optimized.isdisjoint(id(p) for group in other.param_groups for p in group["params"]):
                 other.close()
-        super().__init__(base)
+        super().__init__(base, initial, schedule)
         self._model = model
         self.skipped = skipped
         """Adapter layers that are not perturbed, and why."""
-        self._defaults_for_groups = initial
-        self._schedule = schedule
         self._source = NOISE_SOURCES[noise]() if isinstance(noise, str) else noise
         self._rank_noise = rank_noise
         self._options = {
@@ -143,7 +141,6 @@ class FlatLoRAOptimizer(OptimizerWrapper):
         self._noises: list[Noise | None] | None = None
         self._noise_was_on = False
         self._warned = self._resolution_checked = False
-        checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
 
         handles = hooks.hook_state_dicts(self, model)
         if auto:
@@ -241,7 +238,7 @@ class FlatLoRAOptimizer(OptimizerWrapper):
     def _draw(self) -> list[Noise | None]:
         """This step's noise: None for a target with sigma 0 or without an active adapter."""
         if self._noises is None or not any(self._noises):
-            factor = schedules.factor(self._schedule, self.step_count, self.total_steps)
+            factor = self._factor
             sigmas = self._sigmas()
             with self._weights.timed():
                 replica = sharding.replica(self._model)
@@ -291,16 +288,13 @@ class FlatLoRAOptimizer(OptimizerWrapper):
         if closure is None:
             self.restore()
             loss = self.base.step()
-        elif self._base_takes_closure():
+        elif self._base_takes_closure:
             loss = self.base.step(lambda: self._call_perturbed(closure))
         else:
             loss = self._call_perturbed(closure)
             self.base.step()
         self._end_step()
         return loss
-
-    def _base_takes_closure(self) -> bool:
-        return "closure" in inspect.signature(self.base.step).parameters
 
     def _call_perturbed(self, closure: Closure) -> Any:
         with torch.enable_grad(), self.perturbed():
@@ -318,27 +312,9 @@ class FlatLoRAOptimizer(OptimizerWrapper):
                 "mode and with gradients enabled, or use step(closure) or `with optimizer.perturbed():`",
                 stacklevel=4,
             )
-        step = self.step_count + 1
-        for group in self.param_groups:
-            group[STEP] = step
+        self._count_step()
         self._noises = None
         self._noise_was_on = False
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the base optimizer. Its ``sigma`` defaults to the one of this optimizer.
-
-        Adapters of the new group that were in no group before are perturbed only by a new
-        ``FlatLoRAOptimizer``.
-        """
-        if SIGMA in param_group:
-            checkpoint.check_sigma(param_group[SIGMA])
-        self.base.add_param_group(param_group)
-        checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state; step, seed, sigma and schedule travel in ``param_groups``."""
-        checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
-        return self.base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class, or of the base optimizer alone (then the step is kept).
@@ -346,25 +322,7 @@ class FlatLoRAOptimizer(OptimizerWrapper):
         Raises:
             TypeError, ValueError: The state is malformed or of another shape. Nothing was changed.
         """
-        checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
-        checkpoint.check_state_dict(
-            state_dict,
-            self.param_groups,
-            self.defaults,
-            custom_schedule=not isinstance(self._schedule, str),
-        )
-        before = self.state, self.param_groups
-        try:
-            self.base.load_state_dict(state_dict)
-            checkpoint.complete_groups(self.param_groups, before[1], self.defaults)
-        except BaseException as error:
-            self.state, self.param_groups = before
-            if isinstance(error, Exception) and not isinstance(error, (TypeError, ValueError)):
-                raise ValueError(f"{type(self.base).__name__} can't load this state: {error!r}") from error
-            raise
-        saved = self.param_groups[0][SCHEDULE]
-        if saved != CUSTOM_SCHEDULE:
-            self._schedule = saved
+        super().load_state_dict(state_dict)
         self._noises = None
         self._noise_was_on = False
         self.restore()
@@ -386,33 +344,6 @@ class FlatLoRAOptimizer(OptimizerWrapper):
     def targets(self) -> list[Target]:
         """The frozen weights that are perturbed, with their adapters."""
         return self._weights.targets
-
-    @property
-    def step_count(self) -> int:
-        """Optimizer steps finished so far."""
-        return int(self.param_groups[0][STEP])
-
-    @property
-    def seed(self) -> int:
-        return int(self.param_groups[0][SEED])
-
-    @property
-    def total_steps(self) -> int | None:
-        """Optimizer steps of the whole run. May be set before or during it."""
-        value: int | None = self.param_groups[0][TOTAL_STEPS]
-        return value
-
-    @total_steps.setter
-    def total_steps(self, value: int | None) -> None:
-        checked = checkpoint.check_total_steps(value)
-        for group in self.param_groups:
-            group[TOTAL_STEPS] = checked
-
-    @property
-    def sigma(self) -> float:
-        """sigma_t of the current step, for the first param group."""
-        factor = schedules.factor(self._schedule, self.step_count, self.total_steps)
-        return float(self.param_groups[0][SIGMA]) * factor
 
     def metrics(self) -> dict[str, float]:
         """For loggers: the current step's ``sigma`` and expected ``noise_norm`` (over all weights;

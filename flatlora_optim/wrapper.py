@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch.optim import Optimizer
@@ -60,6 +61,10 @@ class OptimizerWrapper(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients. Leaves the noise alone: it may come between forward and backward."""
         self.base.zero_grad(set_to_none=set_to_none)
+
+    @property
+    def _base_takes_closure(self) -> bool:
+        return "closure" in inspect.signature(self.base.step).parameters
 
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
         return self.base.register_state_dict_pre_hook(hook, prepend)
