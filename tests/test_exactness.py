@@ -212,6 +212,7 @@ class Interrupt:
 
     def __init__(self, line: int) -> None:
         self.left = line
+        self.tracer = sys.gettrace()  # that of a coverage run
         self.package = str(Path(flatlora_optim.__file__).parent)
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
@@ -220,7 +221,7 @@ class Interrupt:
         if event == "line":
             self.left -= 1
             if self.left == 0:
-                sys.settrace(None)
+                sys.settrace(self.tracer)
                 raise KeyboardInterrupt
         return self
 
@@ -232,7 +233,7 @@ class Interrupt:
         except KeyboardInterrupt:
             return True
         finally:
-            sys.settrace(None)
+            sys.settrace(self.tracer)
         return False
 
 
