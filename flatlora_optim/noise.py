@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,6 +25,7 @@ _DEVICE_BLOCK = 1 << 22
 
 # Earlier releases, which belong to torch 2.4 and 2.5, can't compile the kernels.
 _OLDEST_TRITON = (3, 2)
+_OLDEST_GPU = (7, 0)
 
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -100,13 +100,14 @@ def has_kernels(device: torch.device) -> bool:
         return False
     if importlib.util.find_spec("triton") is None:
         return False
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _OLDEST_GPU:
+        return False
     import triton
 
     return tuple(map(int, triton.__version__.split(".")[:2])) >= _OLDEST_TRITON
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """How a weight is cut into blocks of whole rows along dim 0.
 
     Args:
@@ -123,7 +124,7 @@ class Grid:
     device_type: str
     first_block: int = 0
     first_row: int = 0
-    columns: slice = field(default_factory=lambda: slice(None))
+    columns: slice = slice(None)
 
     @property
     def rows_per_block(self) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -169,7 +168,7 @@ class DenseWeight(FrozenWeight):
 
     def grid(self, first_block: int = 0) -> Grid:
         first_row, columns = region(self.tensor)
-        return replace(super().grid(first_block), first_row=first_row, columns=columns)
+        return super().grid(first_block)._replace(first_row=first_row, columns=columns)
 
     def sum_over_parts(self, partial: Tensor) -> Tensor:
         return sum_over_parts(partial, self.tensor)

@@ -71,13 +71,21 @@ def test_the_kernels_compile_for_ampere_and_hopper(capability: int, dtype: str) 
 
 
 @compiled
-def test_a_triton_that_cannot_compile_the_kernels_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = torch.device("cuda")
-    for version, usable in (("3.1.0", False), ("3.2.0", True), ("3.10.0+git1", True)):
-        monkeypatch.setattr(triton, "__version__", version)
-        has_kernels.cache_clear()
-        assert has_kernels(cuda) is usable
-    has_kernels.cache_clear()
+@pytest.mark.parametrize(
+    ("version", "capability", "usable"),
+    [
+        ("3.1.0", (9, 0), False),
+        ("3.2.0", (9, 0), True),
+        ("3.10.0+git1", (7, 0), True),
+        ("3.10.0", (6, 1), False),
+    ],
+)
+def test_where_triton_cannot_compile_the_kernels_they_are_left_alone(
+    version: str, capability: tuple[int, int], usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has_kernels.__wrapped__(torch.device("cuda")) is usable
 
 
 def philox(seed: int, counters: Tensor) -> tuple[Tensor, Tensor]:
