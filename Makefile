@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo qlora test lint bench generalization clean
+.PHONY: help demo qlora test test-oldest lint docs bench generalization clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -38,10 +38,28 @@ test: $(VENV)/.dev  ## Run the test suite
 	@echo "Running the tests, one process per core"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
+OLDEST ?= .venv-oldest
+OLDEST_TESTS := $(patsubst %,tests/test_%.py,exactness noise optimizer targets checkpoint bad_input state_machine \
+	virtual quantized schedules landscape kernels table docstrings)
+
+$(OLDEST)/.made: constraints-oldest.txt pyproject.toml
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@echo "Installing the oldest supported releases into $(OLDEST) (several GB, once)"
+	@$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	@$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[qlora]' \
+		hypothesis pytest pytest-timeout pytest-xdist scipy
+	@touch $@
+
+test-oldest: $(OLDEST)/.made  ## Run the core tests with the oldest supported releases
+	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadfile $(OLDEST_TESTS)
+
 lint: $(VENV)/.dev  ## Check style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+docs: $(VENV)/.dev  ## Build the documentation into site/; warnings are errors
+	@$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs site
 
 bench: $(VENV)/.dev  ## Measure speed, memory and drift; writes benchmarks/RESULTS.md (under 15 minutes)
 	@$(BIN)/python benchmarks/run.py
@@ -50,4 +68,4 @@ generalization: $(VENV)/.dev  ## Run or resume the study in benchmarks/GENERALIZ
 	@$(BIN)/python benchmarks/generalization.py
 
 clean:  ## Remove the virtual environments and caches
-	rm -rf $(VENV) .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(OLDEST) site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
