@@ -74,7 +74,7 @@ DIGITS = Cell(
 )  # fmt: skip
 SENTIMENT = Cell(
     "sentiment, 500 examples", "sentiment", train=500, tests=300, steps=64, batch_size=16,
-    learning_rates=(1e-3, 3e-3, 1e-2), seeds=5, tuning_seeds=3, flat=24, noises=3,
+    learning_rates=(1e-3, 3e-3, 1e-2), seeds=5, tuning_seeds=2, flat=24, noises=3,
 )  # fmt: skip
 ARITHMETIC = Cell(
     "arithmetic", "arithmetic", train=2000, tests=100, steps=80, batch_size=8,
@@ -191,18 +191,29 @@ def tuning_runs(cell: Cell, methods: Iterable[Method]) -> list[Run]:
 
 def final_runs(cell: Cell, methods: Iterable[Method], results: Results) -> list[Run]:
     rates = {method: best_learning_rate(cell, method, results) for method in methods}
-    return [Run(cell, "final", m, lr, seed) for seed in range(cell.seeds) for m, lr in rates.items()]
+    return [Run(cell, "final", m, lr, seed) for seed in range(cell.seeds) for m, lr in rates.items() if lr]
 
 
-def best_learning_rate(cell: Cell, method: Method, results: Results) -> float:
-    """Highest mean validation score; among equals, lowest mean validation loss."""
+def best_learning_rate(cell: Cell, method: Method, results: Results) -> float | None:
+    """Highest mean validation score; among equals, lowest mean validation loss. None until tuned."""
+    rows = [results.get(run) for run in tuning_runs(cell, [method])]
+    done = [row for row in rows if row is not None]
+    if len(done) < len(rows):
+        return None
 
     def rank(lr: float) -> tuple[float, float]:
-        rows = [results.get(run) for run in tuning_runs(cell, [method]) if run.lr == lr]
-        scores = [row["validation"] for row in rows if row is not None]
+        scores = [row["validation"] for row in done if row["lr"] == lr]
         return sum(s["score"] for s in scores), -sum(s["loss"] for s in scores)
 
     return max(cell.learning_rates, key=rank)
+
+
+def comparison(cell: Cell, methods: Iterable[Method], results: Results) -> report.Cell:
+    methods = list(methods)
+    runs = tuning_runs(cell, methods) + final_runs(cell, methods, results)
+    rows = [row for row in map(results.get, runs) if row is not None]
+    rates = {method.name: best_learning_rate(cell, method, results) for method in methods}
+    return report.Cell(cell, TASKS[cell.task], rates, rows)
 
 
 def carry_out(cells: list[Cell], methods: Iterable[Method], results: Results) -> None:
@@ -258,16 +269,7 @@ def main() -> None:
     results = Results(folder / "results" / "generalization.jsonl")
     if not args.report:
         carry_out(chosen, METHODS, results)
-    compared = [
-        report.Cell(
-            cell,
-            TASKS[cell.task],
-            {m.name: best_learning_rate(cell, m, results) for m in METHODS},
-            results.rows,
-        )
-        for cell in cells
-    ]
-    for path in report.write(folder, compared):
+    for path in report.write(folder, [comparison(cell, METHODS, results) for cell in cells]):
         print(path)
 
 

@@ -46,18 +46,14 @@ class Cell:
     """The finished runs of one cell: the seeds that all methods have."""
 
     def __init__(
-        self, spec: Any, task: type[Task[Any]], learning_rates: dict[str, float], rows: Iterable[Row]
+        self, spec: Any, task: type[Task[Any]], learning_rates: dict[str, float | None], rows: list[Row]
     ) -> None:
-        """``learning_rates`` are those that were chosen for each method."""
+        """``learning_rates`` are those chosen for each method, if it has been tuned."""
         self.spec, self.learning_rates = spec, learning_rates
         self.methods = list(learning_rates)
         self.in_domain, self.out_of_domain = task.in_domain, task.out_of_domain
-        self.rows = [row for row in rows if row["settings"] == spec.settings()]
-        runs = {
-            (row["method"], row["seed"]): row
-            for row in self.rows
-            if row["phase"] == "final" and row["lr"] == learning_rates.get(row["method"])
-        }
+        self.rows = rows
+        runs = {(row["method"], row["seed"]): row for row in rows if row["phase"] == "final"}
         seeds = sorted({seed for _, seed in runs})
         self.seeds = [seed for seed in seeds if all((name, seed) in runs for name in self.methods)]
         self._runs = runs
@@ -89,6 +85,9 @@ def write(folder: Path, cells: Sequence[Cell]) -> list[Path]:
     finished = [cell for cell in cells if cell.seeds]
     paths = [figure(cell, folder / "figures") for cell in finished]
     parts = [HEAD, coverage(cells)]
+    notes = folder / "results" / "NOTES.md"  # written by hand: what the numbers don't say
+    if notes.exists():
+        parts.append("## Notes on these results\n\n" + notes.read_text(encoding="utf-8"))
     if finished:
         parts += [overview(finished), tracking(finished)]
         parts += [section(cell, path) for cell, path in zip(finished, paths, strict=True)]
@@ -140,7 +139,11 @@ def coverage(cells: Sequence[Cell]) -> str:
         done = len(cell.rows)
         state = f"{len(cell.seeds)} of {cell.spec.seeds} seeds" if cell.seeds else "**left out**"
         lines.append((cell.spec.name, f"{done} of {cell.planned}", state, f"{hours:.2f}"))
-    return "## What was run\n\n" + table(("cell", "runs", "compared below", "hours"), lines)
+    text = (
+        "`python benchmarks/generalization.py` makes the runs that are missing; hours are of one thread on a "
+        "shared CPU.\n\n"
+    )
+    return "## What was run\n\n" + text + table(("cell", "runs", "compared below", "hours"), lines)
 
 
 def overview(cells: Sequence[Cell]) -> str:
