@@ -312,9 +312,9 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
                 "mode and with gradients enabled, or use step(closure) or `with optimizer.perturbed():`",
                 stacklevel=4,
             )
+        # Before it is counted: an interrupt in between must not carry noise over to the next step.
+        self._noises, self._noise_was_on = None, False
         self._count_step()
-        self._noises = None
-        self._noise_was_on = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class, or of the base optimizer alone (then the step is kept).
