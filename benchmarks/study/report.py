@@ -50,17 +50,20 @@ class Cell:
     ) -> None:
         """``learning_rates`` are those chosen for each method, if it has been tuned."""
         self.spec, self.learning_rates = spec, learning_rates
-        self.methods = list(learning_rates)
         self.in_domain, self.out_of_domain = task.in_domain, task.out_of_domain
         self.rows = rows
         runs = {(row["method"], row["seed"]): row for row in rows if row["phase"] == "final"}
-        seeds = sorted({seed for _, seed in runs})
+        self.methods = [name for name in learning_rates if any(method == name for method, _ in runs)]
+        self.missing = [name for name in learning_rates if name not in self.methods]
+        seeds = sorted({seed for _, seed in runs}) if BASELINE in self.methods else []
         self.seeds = [seed for seed in seeds if all((name, seed) in runs for name in self.methods)]
         self._runs = runs
 
     @property
     def planned(self) -> int:
-        return len(self.methods) * (len(self.spec.learning_rates) * self.spec.tuning_seeds + self.spec.seeds)
+        return len(self.learning_rates) * (
+            len(self.spec.learning_rates) * self.spec.tuning_seeds + self.spec.seeds
+        )
 
     def values(self, method: str, measure: Callable[[Row], float]) -> list[float]:
         return [measure(self._runs[method, seed]) for seed in self.seeds]
@@ -138,6 +141,8 @@ def coverage(cells: Sequence[Cell]) -> str:
         hours = sum(row["seconds"] for row in cell.rows) / 3600
         done = len(cell.rows)
         state = f"{len(cell.seeds)} of {cell.spec.seeds} seeds" if cell.seeds else "**left out**"
+        if cell.seeds and cell.missing:
+            state += f", without {', '.join(cell.missing)}"
         lines.append((cell.spec.name, f"{done} of {cell.planned}", state, f"{hours:.2f}"))
     text = (
         "`python benchmarks/generalization.py` makes the runs that are missing; hours are of one thread on a "
@@ -147,12 +152,15 @@ def coverage(cells: Sequence[Cell]) -> str:
 
 
 def overview(cells: Sequence[Cell]) -> str:
-    others = [name for name in cells[0].methods if name != BASELINE]
+    others = [name for name in cells[0].learning_rates if name != BASELINE]
     lines = []
     for cell in cells:
         for label, measure in (("in", cell.domain(cell.in_domain)), ("out of", cell.out)):
             base = cell.values(BASELINE, measure)
-            columns = [difference(cell.values(name, measure), base) for name in others]
+            columns = [
+                difference(cell.values(name, measure), base) if name in cell.methods else ""
+                for name in others
+            ]
             lines.append((f"{cell.spec.name}: {label} domain", spread(base), *columns))
     head = ("accuracy, %", BASELINE, *(f"{name} − {BASELINE}" for name in others))
     return "## In short: differences to LoRA\n\n" + table(head, lines)
@@ -196,7 +204,7 @@ def centred(cell: Cell, measure: Callable[[Row], float]) -> list[float]:
 
 def at_the_edge(cell: Cell) -> str:
     ends = min(cell.spec.learning_rates), max(cell.spec.learning_rates)
-    names = [name for name, lr in cell.learning_rates.items() if lr in ends]
+    names = [name for name in cell.methods if cell.learning_rates[name] in ends]
     return f"Chosen at an end of the grid, so perhaps not the best: {', '.join(names)}. " if names else ""
 
 
