@@ -191,7 +191,9 @@ def test_a_fault_at_any_boundary(style: Style, mode: str, monkeypatch: pytest.Mo
 
 
 def check_run_goes_on(run: Run, after: list[list[Tensor]], place: str) -> None:
-    if run.style is automatic_style:
+    if run.style is automatic_style or "in perturbed" in place:
+        # A generator that a tracer stops at its own `yield` never reaches its `finally`. A signal
+        # can't do that.
         run.optimizer.restore()
     assert not changed_weights(run.model, run.clean), place
     assert not run.optimizer.is_perturbed, place
