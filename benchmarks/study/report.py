@@ -27,7 +27,8 @@ this size, and can't confirm or refute them at the paper's.
 the learning rate is the one of the grid with the best mean validation score, over seeds that are not
 used afterwards; each method gets the same grid and as many runs. Then all methods run with the same
 seeds; a seed fixes the initial adapter, the order of the data and the dropout. All take the same
-number of steps (a step of SAM costs two gradients). No test set was looked at for any choice, but for what the notes below tell. Wrong
+number of steps (a step of SAM costs two gradients). No test set was looked at for any choice, but for
+what the notes below tell. Wrong
 labels are in the training and in the validation data, never in the tests.
 
 **Methods.** *Flat-LoRA σ*: noise on the full weights, cosine schedule. *LoRA + SAM*: adversarial step of
