@@ -33,7 +33,12 @@ def in_a_new_thread(work: Callable[[], None]) -> None:
         pool.submit(work).result()
 
 
-@pytest.mark.parametrize("options", MODES, ids=str)
+def named(options: dict[str, Any]) -> str:
+    (value,) = options.values()
+    return value if isinstance(value, str) else type(value).__name__
+
+
+@pytest.mark.parametrize("options", MODES, ids=named)
 def test_what_is_made_in_inference_mode_serves_outside_of_it(options: dict[str, Any]) -> None:
     def work() -> None:
         model, batch = lora_mlp(), mlp_batch()
@@ -50,7 +55,7 @@ def test_what_is_made_in_inference_mode_serves_outside_of_it(options: dict[str, 
     in_a_new_thread(work)
 
 
-@pytest.mark.parametrize("options", [m for m in MODES if m != {"restore": "subtract"}], ids=str)
+@pytest.mark.parametrize("options", [m for m in MODES if m != {"restore": "subtract"}], ids=named)
 def test_the_default_device_does_not_matter(options: dict[str, Any]) -> None:
     def work() -> None:
         model = lora_mlp()
