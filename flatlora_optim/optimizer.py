@@ -62,7 +62,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         restore: How in-place noise is taken away: ``"exact"`` (seed and journal),
             ``"snapshot"`` (a copy of the weights), ``"subtract"`` (the paper's; low bits drift).
         noise: ``"gaussian"`` (independent numbers), ``"table"`` (read from a :class:`NoiseTable`,
-            several times faster on a CPU), or any :class:`NoiseSource`.
+            about twice as fast on a CPU), or any :class:`NoiseSource`.
         rank_noise: In data-parallel training, ``"independent"`` noise on each copy of the model
             averages the expectation better; ``"shared"`` gives all of them the same. Ranks that
             hold parts of one copy (FSDP2, tensor parallelism) always agree.
