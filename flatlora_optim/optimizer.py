@@ -25,7 +25,7 @@ from .perturbation import RESTORE_MODES
 from .scales import RowNorms, row_scales
 from .scheduled import ScheduledOptimizer
 from .schedules import Schedule
-from .selection import choose_perturbations, listed
+from .selection import choose_perturbations
 from .table import NoiseTable
 from .wrapper import check_base
 
@@ -116,7 +116,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
             base.param_groups, sigma=sigma, seed=seed, total_steps=total_steps, schedule=schedule
         )
         optimized = {id(p) for group in base.param_groups for p in group["params"]}
-        perturbations, skipped = choose_perturbations(model, optimized, mode, restore)
+        perturbations, found = choose_perturbations(model, optimized, mode, restore)
 
         # Nothing has been changed up to here, and nothing below fails.
         for other in hooks.attached_optimizers(model):
@@ -125,7 +125,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
                 other.close()
         super().__init__(base, initial, schedule)
         self._model = model
-        self.skipped = skipped
+        self.skipped = found.skipped
         """Adapter layers that are not perturbed, and why."""
         self._source = NOISE_SOURCES[noise]() if isinstance(noise, str) else noise
         self._rank_noise = rank_noise
@@ -146,8 +146,8 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         if auto:
             handles += hooks.hook_forwards(self, model)
         self._finalizer = weakref.finalize(self, hooks.release, perturbations, handles)
-        if skipped:
-            warnings.warn(f"Flat-LoRA leaves these adapters unperturbed:\n{listed(skipped)}", stacklevel=2)
+        if found.skipped:
+            warnings.warn(f"Flat-LoRA leaves these adapters unperturbed:\n{found.report()}", stacklevel=2)
 
     # ------------------------------------------------------------------ perturbing
 

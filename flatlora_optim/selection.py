@@ -6,13 +6,13 @@ from torch import nn
 
 from .adapters import Target
 from .perturbation import Perturbation, choose_perturbation
-from .targets import find_targets
+from .targets import Discovery, find_targets
 from .weights import UnsupportedAdapterError
 
 
 def choose_perturbations(
     model: nn.Module, optimized: set[int], mode: str, restore: str
-) -> tuple[list[Perturbation], dict[str, str]]:
+) -> tuple[list[Perturbation], Discovery]:
     """How each target is perturbed, and why other adapters are not.
 
     Args:
@@ -31,14 +31,14 @@ def choose_perturbations(
                 raise ValueError(f"{target.name}: {reason}") from None
             found.skipped[target.name] = str(reason)
     if not perturbations:
-        skipped = f"\nFound, but not usable:\n{listed(found.skipped)}" if found.skipped else ""
+        skipped = f"\nFound, but not usable:\n{found.report()}" if found.skipped else ""
         raise ValueError(
             f"no LoRA module to perturb in {type(model).__name__}. Looked for PEFT layers (`base_layer` with "
             "`lora_A`/`lora_B` of an active adapter), loralib-style layers (`weight`, `lora_A`, `lora_B`, "
             "`scaling`) and modules described by `flatlora_optim.register`, whose adapter parameters are in "
             f"the base optimizer.{skipped}"
         )
-    return perturbations, found.skipped
+    return perturbations, found
 
 
 def _why_not_optimized(target: Target, optimized: set[int]) -> str | None:
@@ -48,7 +48,3 @@ def _why_not_optimized(target: Target, optimized: set[int]) -> str | None:
     if not any(id(p) in optimized for p in parameters):
         return "its adapter's parameters are not in the optimizer"
     return None
-
-
-def listed(skipped: dict[str, str]) -> str:
-    return "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())

@@ -145,6 +145,18 @@ def flatlora(
     return FlatLoRAOptimizer(base(trainable(model), lr=lr), model, **options)
 
 
+def train(model: nn.Module, optimizer: FlatLoRAOptimizer, steps: range) -> list[float]:
+    """Trains :func:`lora_mlp` on the batches of these steps; returns their losses."""
+    losses = []
+    for step in steps:
+        loss = loss_of(model, mlp_batch(step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def int_view(tensor: Tensor) -> Tensor:
     """The bit patterns of a floating-point tensor."""
     return tensor.detach().view(INT_VIEWS[tensor.element_size()])

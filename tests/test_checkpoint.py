@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from flatlora_optim import FlatLoRAOptimizer
-from helpers import changed_weights, fingerprint, flatlora, lora_mlp, loss_of, mlp_batch, trainable
+from helpers import changed_weights, fingerprint, flatlora, lora_mlp, loss_of, mlp_batch, train, trainable
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "cosine": {"schedule": "cosine", "total_steps": 8},
@@ -31,17 +31,6 @@ def build(
     return flatlora(model, base=torch.optim.AdamW, lr=0.01, **options)
 
 
-def run(model: nn.Module, optimizer: FlatLoRAOptimizer, steps: range) -> list[float]:
-    losses = []
-    for step in steps:
-        loss = loss_of(model, mlp_batch(step))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 def resume(path: str | Path, schedule: str) -> list[float]:
     """The second half of a run, started from a checkpoint by objects built with other numbers."""
     model = lora_mlp()
@@ -49,7 +38,7 @@ def resume(path: str | Path, schedule: str) -> list[float]:
     saved = torch.load(path, weights_only=True)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
-    return run(model, optimizer, range(4, 8))
+    return train(model, optimizer, range(4, 8))
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +51,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
     for schedule in SCHEDULES:
         model = lora_mlp()
         optimizer = build(model, schedule=schedule)
-        run(model, optimizer, range(4))
+        train(model, optimizer, range(4))
         optimizer.perturb()
         path = tmp_path_factory.mktemp("checkpoints") / f"{schedule}.pt"
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
-        found[schedule] = path, run(model, optimizer, range(4, 8))
+        found[schedule] = path, train(model, optimizer, range(4, 8))
     return found
 
 
@@ -94,7 +83,7 @@ def test_the_run_goes_on_bit_for_bit_in_a_fresh_process(
 def test_what_the_checkpoint_carries() -> None:
     model = lora_mlp()
     optimizer = build(model)
-    run(model, optimizer, range(3))
+    train(model, optimizer, range(3))
     other = build(lora_mlp(), seed=5, sigma=0.9, schedule="constant")
     other.load_state_dict(optimizer.state_dict())
     assert (other.step_count, other.seed, other.total_steps) == (3, 11, 8)
@@ -116,20 +105,20 @@ def test_a_checkpoint_of_the_base_alone_loads_and_keeps_what_it_does_not_know() 
     base = two_groups(model)
     base.param_groups[1]["sigma"] = 0.3
     optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, total_steps=8, seed=4)
-    run(model, optimizer, range(2))
+    train(model, optimizer, range(2))
     optimizer.load_state_dict(plain.state_dict())
     assert [group["sigma"] for group in optimizer.param_groups] == [0.1, 0.3]
     assert (optimizer.step_count, optimizer.seed, optimizer.total_steps) == (2, 4, 8)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.01]
     for ours, theirs in zip(trainable(model), trainable(plain_model), strict=True):
         assert torch.equal(optimizer.state[ours]["exp_avg"], plain.state[theirs]["exp_avg"])
-    run(model, optimizer, range(2))
+    train(model, optimizer, range(2))
 
 
 def test_our_checkpoint_loads_into_the_base_alone() -> None:
     model = lora_mlp()
     optimizer = build(model)
-    run(model, optimizer, range(3))
+    train(model, optimizer, range(3))
     plain_model = lora_mlp()
     plain = torch.optim.AdamW(trainable(plain_model), lr=1.0)
     plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -150,7 +139,7 @@ def test_loading_ends_the_current_step() -> None:
     adapters = copy.deepcopy(model.state_dict())
     with optimizer.perturbed():
         first = fingerprint(model)
-    run(model, optimizer, range(2))
+    train(model, optimizer, range(2))
     loss_of(model, mlp_batch())
     assert changed_weights(model, before)
     optimizer.load_state_dict(state)

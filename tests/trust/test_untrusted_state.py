@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flatlora_optim import FlatLoRAOptimizer
-from helpers import changed_weights, fingerprint, flatlora, lora_mlp, loss_of, mlp_batch, trainable
+from helpers import changed_weights, fingerprint, flatlora, lora_mlp, train, trainable
 
 State = dict[str, Any]
 
@@ -28,17 +28,6 @@ def build(**options: Any) -> tuple[nn.Module, FlatLoRAOptimizer]:
     model = lora_mlp()
     options = {"schedule": "cosine", "total_steps": 10, **options}
     return model, flatlora(model, base=torch.optim.AdamW, lr=0.01, **options)
-
-
-def train(model: nn.Module, optimizer: FlatLoRAOptimizer, steps: range) -> list[float]:
-    losses = []
-    for step in steps:
-        loss = loss_of(model, mlp_batch(step))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 def by_torch(state: State, folder: Path) -> State:
