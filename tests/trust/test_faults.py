@@ -39,6 +39,7 @@ class Fault:
         self.left = number
         self.error = error
         self.place = ""
+        self.tracer, self.profiler = sys.gettrace(), sys.getprofile()  # those of a coverage run
 
     @contextmanager
     def armed(self) -> Iterator[None]:
@@ -50,8 +51,8 @@ class Fault:
             self._disarm()
 
     def _disarm(self) -> None:
-        sys.settrace(None)
-        sys.setprofile(None)
+        sys.settrace(self.tracer)
+        sys.setprofile(self.profiler)
 
     def _on_line(self, frame: FrameType, event: str, argument: Any) -> Any:
         if not _is_ours(frame):
