@@ -7,25 +7,20 @@ weight, and give the same numbers. The global generators are never touched.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .kernels import kernels_for, kernels_of
+from .kernels.plain import rounded_sum
 from .parallel import for_each, scratch
 
 # Elements per block. On the CPU a block stays in a core's own cache while it is generated, added
 # and journaled; an accelerator wants few, large kernels instead.
 _CPU_BLOCK = 1 << 18
 _DEVICE_BLOCK = 1 << 22
-
-# Earlier releases, which belong to torch 2.4 and 2.5, can't compile the kernels.
-_OLDEST_TRITON = (3, 2)
-_OLDEST_GPU = (7, 0)
 
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -84,27 +79,7 @@ class GaussianNoise:
     """Independent Gaussian noise for every element and step (the paper's)."""
 
     def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
-        if has_kernels(out.device):
-            from .perturbation import kernels
-
-            return kernels.fill(out, key.block_seed(number))
-        generator = torch.Generator(device=out.device)
-        generator.manual_seed(key.block_seed(number))
-        return out.normal_(generator=generator)
-
-
-@functools.cache
-def has_kernels(device: torch.device) -> bool:
-    """Whether the Triton kernels run on the device."""
-    if device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
-        return False
-    if importlib.util.find_spec("triton") is None:
-        return False
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _OLDEST_GPU:
-        return False
-    import triton
-
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= _OLDEST_TRITON
+        return kernels_of(out.device).fill(out, key.block_seed(number))
 
 
 class Grid(NamedTuple):
@@ -170,37 +145,49 @@ class Noise:
         self.row_dim = row_dim
 
     @property
-    def has_kernels(self) -> bool:
-        """Whether kernels can make the noise while they add it."""
-        return (
-            isinstance(self.source, GaussianNoise)
-            and self.grid.columns == slice(None)
-            and has_kernels(self.scales.device)
-        )
+    def can_be_fused(self) -> bool:
+        """Whether ``scale * z`` of whole rows is all there is to the noise, so that kernels can make
+        it while they add it."""
+        return self.grid.columns == slice(None)
+
+    @property
+    def is_seeded(self) -> bool:
+        """Whether kernels can make a block's numbers too, from its seed."""
+        return type(self.source) is GaussianNoise  # a subclass may make other numbers
 
     def recipe(self, lo: int, hi: int) -> tuple[Tensor, int, int]:
         """The scales of one span of local rows, its block's seed, and its first element's place."""
-        grid = self.grid
-        number, skip = divmod(lo + grid.first_row, grid.rows_per_block)
-        seed = self.key.block_seed(grid.first_block + number)
-        scales = self.scales
-        if self.row_dim == 0:
-            scales = scales[grid.first_row + lo : grid.first_row + hi]
-        return scales, seed, skip * grid.row_size
+        number, skip = self._place(lo)
+        return self._scales(lo, hi), self.key.block_seed(number), skip * self.grid.row_size
+
+    def standard_block(self, lo: int) -> Tensor:
+        """``z`` of the whole block that holds the local row, 2-D float32, maybe in scratch memory."""
+        return self.source.block(self.key, self._place(lo)[0], self._memory(lo))
 
     def block(self, lo: int, hi: int) -> Tensor:
         """``eps`` of one span of local rows, 2-D float32, in scratch memory."""
-        grid, device = self.grid, self.scales.device
-        number, skip = divmod(lo + grid.first_row, grid.rows_per_block)
-        rows = min(grid.rows_per_block, grid.rows - number * grid.rows_per_block)
-        out = scratch("eps", (rows, grid.row_size), torch.float32, device)
-        z = self.source.block(self.key, grid.first_block + number, out)
-        ours = slice(skip, skip + hi - lo), grid.columns
+        (number, skip), out = self._place(lo), self._memory(lo)
+        ours = slice(skip, skip + hi - lo), self.grid.columns
+        scales = self._scales(lo, hi)
+        z = self.source.block(self.key, number, out)
+        return torch.mul(z[ours], scales[:, None] if self.row_dim == 0 else scales, out=out[ours])
+
+    def _place(self, lo: int) -> tuple[int, int]:
+        """The number of the block that holds a local row, and the row's place in it."""
+        number, skip = divmod(lo + self.grid.first_row, self.grid.rows_per_block)
+        return self.grid.first_block + number, skip
+
+    def _memory(self, lo: int) -> Tensor:
+        """For the whole block that holds a local row."""
+        grid = self.grid
+        first = (self._place(lo)[0] - grid.first_block) * grid.rows_per_block
+        shape = min(grid.rows_per_block, grid.rows - first), grid.row_size
+        return scratch("z", shape, torch.float32, self.scales.device)
+
+    def _scales(self, lo: int, hi: int) -> Tensor:
         if self.row_dim == 0:
-            scales = self.scales[grid.first_row + lo : grid.first_row + hi, None]
-        else:
-            scales = self.scales[grid.columns]
-        return torch.mul(z[ours], scales, out=out[ours])
+            return self.scales[self.grid.first_row + lo : self.grid.first_row + hi]
+        return self.scales[self.grid.columns]
 
     def for_each_block(self, visit: Callable[[int, int], object], spans: list[tuple[int, int]]) -> None:
         """Calls ``visit(lo, hi)`` for each span; on the CPU from several threads."""
@@ -233,29 +220,10 @@ class Noise:
     @torch.no_grad()
     def add_to(self, weight: Tensor) -> Tensor:
         """Adds the noise in place, in float32, rounding once to the weight's dtype."""
+        kernels = kernels_for(self, weight)
 
         def add(lo: int, hi: int) -> None:
-            part, eps = weight[lo:hi], self.block(lo, hi)
-            if part.dtype == torch.float32:
-                part.add_(eps.view(part.shape))
-            else:
-                part.copy_(rounded_sum(part, eps))
+            kernels.perturb(weight[lo:hi], self, lo, hi, journal=False, note=lambda journal: None)
 
         self.for_each_block(add, self.grid.spans(weight.shape[0]))
         return weight
-
-
-def rounded_sum(weight: Tensor, eps: Tensor, alpha: int = 1) -> Tensor:
-    """``weight + alpha * eps``, added in float32 or wider and rounded once, in scratch memory.
-
-    The sum of a finite float16 weight is kept finite: noise alone never overflows a layer.
-    """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    total = scratch(f"sum {alpha}", weight.shape, dtype, weight.device).copy_(weight)
-    total.add_(eps.view(weight.shape), alpha=alpha)
-    if weight.dtype == torch.float16:
-        largest = torch.finfo(torch.float16).max
-        total = torch.where(weight.isfinite(), total.clamp(-largest, largest), total)
-    if weight.dtype == dtype:
-        return total
-    return scratch(f"rounded {alpha}", weight.shape, weight.dtype, weight.device).copy_(total)

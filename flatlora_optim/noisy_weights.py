@@ -22,15 +22,16 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from . import sharding
 from .adapters import Target
-from .noise import Noise
+from .noise import Noise, NoiseKey, NoiseSource
 from .perturbation import (
     Perturbation,
     VirtualPerturbation,
     WeightChangedError,
     apply_all,
+    for_each_weight,
     remove_all,
 )
-from .scales import RowNorms
+from .scales import RowNorms, row_scales
 from .sharding import local_part
 from .weights import DenseWeight
 
@@ -63,6 +64,22 @@ class NoisyWeights:
     def is_suspended(self) -> bool:
         return self._suspension is not None
 
+    @torch.no_grad()
+    def draw(self, source: NoiseSource, key: NoiseKey, sigmas: Sequence[float]) -> list[Noise | None]:
+        """One noise for each weight: None for sigma 0, without an active adapter, or while merged."""
+        noises: list[Noise | None] = [None] * len(sigmas)
+
+        def draw_one(i: int) -> None:
+            target, sigma = self.targets[i], sigmas[i]
+            # A merged layer trains nothing, and its weight is W' already.
+            norms = self.norms[i].merged() if sigma > 0 and not target.merged else None
+            if norms is not None:
+                scales = row_scales(norms, sigma, target.weight.columns)
+                noises[i] = target.noise(source, key, scales)
+
+        for_each_weight(draw_one, range(len(sigmas)), self.perturbations)
+        return noises
+
     def perturb(self, noises: Sequence[Noise | None]) -> None:
         """From clean to perturbed. Takes everything back on an exception.
 
@@ -87,8 +104,12 @@ class NoisyWeights:
             self._remove()
             raise
 
-    def suspend(self) -> None:
-        """To clean weights that stay clean until ``resume``, which brings the same noise back."""
+    def suspend(self) -> object:
+        """To clean weights that stay clean until ``resume``, which brings the same noise back.
+
+        Returns:
+            What tells this suspension from others.
+        """
         guard = ExitStack()
         was_perturbed = self.is_perturbed
         if was_perturbed:
@@ -99,9 +120,16 @@ class NoisyWeights:
             self.restore()
         self._clean_versions = self._versions()
         self.is_perturbed, self._suspension = was_perturbed, guard
+        return guard
 
-    def resume(self) -> None:
-        """To the state before ``suspend``, or to clean if the weights were restored meanwhile."""
+    def resume(self, suspension: object = None) -> None:
+        """To the state before ``suspend``, or to clean if the weights were restored meanwhile.
+
+        Args:
+            suspension: The only one to end; without it, whichever there is.
+        """
+        if suspension not in (None, self._suspension):
+            return  # a block that an interrupt kept from ending is collected while another is clean
         guard, self._suspension = self._suspension, None
         if guard is None or not self.is_perturbed:
             return

@@ -22,7 +22,6 @@ from .checkpoint import SIGMA
 from .noise import GaussianNoise, Noise, NoiseKey, NoiseSource
 from .noisy_weights import NoisyWeights
 from .perturbation import RESTORE_MODES
-from .scales import RowNorms, row_scales
 from .scheduled import ScheduledOptimizer
 from .schedules import Schedule
 from .selection import choose_perturbations
@@ -140,6 +139,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         self._forwards = hooks.Forwards(self._weights, self._put_noise_on)
         self._noises: list[Noise | None] | None = None
         self._noise_was_on = False
+        self._perturbing: object = None  # changes with each one who puts noise on
         self._warned = self._resolution_checked = False
 
         handles = hooks.hook_state_dicts(self, model)
@@ -167,6 +167,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
                 still unknown.
         """
         self._check_open()
+        self._perturbing = object()
         self._forwards.resume()
         if self._weights.is_suspended:
             raise RuntimeError("perturb() inside clean(): leave the `with optimizer.clean():` block first")
@@ -193,15 +194,17 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
             ...     model(x).square().mean().backward()
             >>> optimizer.step()
         """
+        mine = None
         try:
-            try:
-                self.perturb()
-                yield self
-            finally:
-                self.restore()
-        except BaseException:
-            # An interrupt may have kept the restore from beginning. Restoring twice does no harm.
+            self.perturb()
+            mine = self._perturbing
+            yield self
             self.restore()
+        except BaseException as error:
+            # An interrupt may have kept the restore from beginning. Restoring twice does no harm. One that
+            # kept the block from beginning leaves it to be collected, perhaps in the middle of a later step.
+            if not isinstance(error, GeneratorExit) or mine is self._perturbing:
+                self.restore()
             raise
 
     @contextmanager
@@ -223,11 +226,12 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         if self._weights.is_suspended:
             yield  # inside another such block
             return
+        suspension = None
         try:
-            self._weights.suspend()
+            suspension = self._weights.suspend()
             yield
         finally:
-            self._weights.resume()
+            self._weights.resume(suspension)
 
     def _put_noise_on(self) -> None:
         noises = self._draw()
@@ -245,21 +249,11 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
                 key = NoiseKey(
                     self.seed, self.step_count, replica if self._rank_noise == "independent" else 0
                 )
-                self._noises = [
-                    self._noise_of(target, norms, sigma * factor, key)
-                    for target, norms, sigma in zip(self.targets, self._weights.norms, sigmas, strict=True)
-                ]
+                self._noises = self._weights.draw(self._source, key, [sigma * factor for sigma in sigmas])
                 if factor > 0 and not self._resolution_checked:
                     self._resolution_checked = True
                     self._weights.check_resolution(self._noises, 1 / factor)
         return self._noises
-
-    def _noise_of(self, target: Target, norms: RowNorms, sigma: float, key: NoiseKey) -> Noise | None:
-        # A merged layer trains nothing, and its weight is W' already.
-        merged = norms.merged() if sigma > 0 and not target.merged else None
-        if merged is None:
-            return None
-        return target.noise(self._source, key, row_scales(merged, sigma, target.weight.columns))
 
     def _sigmas(self) -> list[float]:
         checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
@@ -313,7 +307,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
                 stacklevel=4,
             )
         # Before it is counted: an interrupt in between must not carry noise over to the next step.
-        self._noises, self._noise_was_on = None, False
+        self._noises, self._noise_was_on, self._perturbing = None, False, None
         self._count_step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

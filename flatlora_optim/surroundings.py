@@ -161,7 +161,7 @@ class _Sum(Noise):
         self._parts = parts
 
     @property
-    def has_kernels(self) -> bool:
+    def can_be_fused(self) -> bool:
         return False  # they know nothing of further terms
 
     def block(self, lo: int, hi: int) -> Tensor:

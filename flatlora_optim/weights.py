@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .noise import Grid, has_kernels
+from .kernels import has_triton
+from .noise import Grid
 from .parallel import scratch
 from .sharding import is_sharded, local_part, region, sum_over_parts
 
@@ -49,6 +50,11 @@ class FrozenWeight:
     @property
     def device(self) -> torch.device:
         raise NotImplementedError
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this process holds all of it."""
+        return True
 
     @property
     def rows(self) -> int:
@@ -147,6 +153,10 @@ class DenseWeight(FrozenWeight):
     def device(self) -> torch.device:
         return self.tensor.device
 
+    @property
+    def is_whole(self) -> bool:
+        return not is_sharded(self.tensor)
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.tensor.detach().to(dtype, copy=True)
 
@@ -159,12 +169,12 @@ class DenseWeight(FrozenWeight):
             yield grid.first_row + lo, grid.first_row + hi, part.flatten(1)
 
     def cross_term(self, left: Tensor, right: Tensor) -> Tensor:
-        if is_sharded(self.tensor) or not has_kernels(self.device) or len(right) > _LARGEST_KERNEL_RANK:
+        if is_sharded(self.tensor) or not has_triton(self.device) or len(right) > _LARGEST_KERNEL_RANK:
             return super().cross_term(left, right)
-        from .perturbation import kernels
+        from .kernels import triton_kernels
 
         matrix = self.tensor.detach().flatten(1)
-        return kernels.cross_term(matrix.T if self.row_dim else matrix, left, right)
+        return triton_kernels.cross_term(matrix.T if self.row_dim else matrix, left, right)
 
     def grid(self, first_block: int = 0) -> Grid:
         first_row, columns = region(self.tensor)

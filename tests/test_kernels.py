@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flatlora_optim import find_targets
-from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey, has_kernels, rounded_sum
+from flatlora_optim.kernels import has_triton
+from flatlora_optim.kernels.plain import rounded_sum
+from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey
 from helpers import OwnLoRA, flatlora, int_view, lora_gpt2, lora_mlp, loss_of, mlp_batch
 
 triton = pytest.importorskip("triton", minversion="3.2")
@@ -46,7 +48,7 @@ def test_the_kernels_compile_for_ampere_and_hopper(capability: int, dtype: str) 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from flatlora_optim.perturbation import kernels
+    from flatlora_optim.kernels import triton_kernels as kernels
 
     journal = {"low": "*i16", "corrections": "*i16", "starts": "*i32", "counts": "*i32"}
     sizes = {"done": "*i32", "numel": "i32", "row_size": "i32", "seed": "i64", "offset": "i32"}
@@ -85,7 +87,7 @@ def test_where_triton_cannot_compile_the_kernels_they_are_left_alone(
 ) -> None:
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert has_kernels.__wrapped__(torch.device("cuda")) is usable
+    assert has_triton.__wrapped__(torch.device("cuda")) is usable
 
 
 def philox(seed: int, counters: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +124,7 @@ def standard_normal(seed: int, counters: Tensor) -> Tensor:
 @interpreted
 @pytest.mark.parametrize("seed", [0, 12345, (1 << 32) - 1])
 def test_the_noise_is_philox_of_the_counters(seed: int) -> None:
-    from flatlora_optim.perturbation import kernels
+    from flatlora_optim.kernels import triton_kernels as kernels
 
     z = kernels.fill(torch.empty(3000), seed)
     torch.testing.assert_close(z, standard_normal(seed, torch.arange(3000)), rtol=1e-5, atol=2e-6)
@@ -139,7 +141,7 @@ def test_the_noise_is_philox_of_the_counters(seed: int) -> None:
 def test_a_block_equals_the_torch_path_and_comes_back(
     dtype: torch.dtype, shape: tuple[int, ...], row_dim: int, seed: int
 ) -> None:
-    from flatlora_optim.perturbation import kernels
+    from flatlora_optim.kernels import triton_kernels as kernels
 
     rows, row_size = shape[0], math.prod(shape[1:])
     torch.manual_seed(seed)
@@ -169,7 +171,7 @@ def test_a_block_equals_the_torch_path_and_comes_back(
 @interpreted
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.bfloat16, 0.20), (torch.float32, 0.35)])
 def test_the_journal_is_as_small_as_that_of_torch(dtype: torch.dtype, bar: float) -> None:
-    from flatlora_optim.perturbation import kernels
+    from flatlora_optim.kernels import triton_kernels as kernels
 
     weight = (torch.randn(128, 512) * 0.02).to(dtype)
     scales = weight.float().norm(dim=1) * 0.05 / 512**0.5
@@ -182,7 +184,7 @@ def test_the_journal_is_as_small_as_that_of_torch(dtype: torch.dtype, bar: float
 @interpreted
 @pytest.mark.parametrize("rank", [1, 5, 40])
 def test_the_cross_term_of_any_strides(rank: int) -> None:
-    from flatlora_optim.perturbation import kernels
+    from flatlora_optim.kernels import triton_kernels as kernels
 
     matrix, left, right = torch.randn(70, 90).bfloat16(), torch.randn(70, rank), torch.randn(rank, 90)
     expected = (left * (matrix.float() @ right.T)).sum(1)
@@ -193,7 +195,7 @@ def test_the_cross_term_of_any_strides(rank: int) -> None:
 
 @interpreted
 def test_large_ranks_are_left_to_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatlora_optim.perturbation import kernels
+    from flatlora_optim.kernels import triton_kernels as kernels
 
     layer = OwnLoRA(torch.randn(70, 90))
     (target,) = find_targets(layer).targets
@@ -245,7 +247,7 @@ def test_transposed_weights_and_a_state_dict_in_the_middle() -> None:
 
 @interpreted
 def test_an_interrupt_right_after_the_launch_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatlora_optim.perturbation import kernels
+    from flatlora_optim.kernels import triton_kernels as kernels
 
     torch.set_num_threads(1)
     model = lora_mlp()

@@ -23,6 +23,7 @@ __all__ = [
     "WeightChangedError",
     "apply_all",
     "choose_perturbation",
+    "for_each_weight",
     "remove_all",
 ]
 
@@ -51,13 +52,13 @@ def apply_all(perturbations: Sequence[Perturbation], noises: Sequence[Noise | No
         if noise is not None:
             perturbation.apply(noise)
 
-    _each(apply, list(zip(perturbations, noises, strict=True)), perturbations)
+    for_each_weight(apply, list(zip(perturbations, noises, strict=True)), perturbations)
 
 
 def remove_all(perturbations: Sequence[Perturbation]) -> None:
     """Removes every one, also when an exception (Ctrl-C, say) arrives in between."""
     try:
-        _each(lambda perturbation: perturbation.remove(), perturbations, perturbations)
+        for_each_weight(lambda perturbation: perturbation.remove(), perturbations, perturbations)
     except BaseException:
         # Removing twice does no harm, and one that can't be removed must not keep the others.
         for perturbation in perturbations:
@@ -66,10 +67,17 @@ def remove_all(perturbations: Sequence[Perturbation]) -> None:
         raise
 
 
-def _each(work: Callable[[T], object], items: Sequence[T], perturbations: Sequence[Perturbation]) -> None:
-    """Many small weights share the threads out among them; few large ones use all, one by one."""
-    on_cpu = all(p.target.weight.device.type == "cpu" for p in perturbations)
-    if on_cpu and len(items) >= 4 * torch.get_num_threads():
+def for_each_weight(
+    work: Callable[[T], object], items: Sequence[T], perturbations: Sequence[Perturbation]
+) -> None:
+    """Calls ``work`` once per item, each of which belongs to one of the perturbations.
+
+    Many small weights share the threads out among them; few large ones use all, one by one. The
+    parts of sharded weights talk to other processes, which has to happen in the same order there.
+    """
+    weights = [perturbation.target.weight for perturbation in perturbations]
+    can_share = all(weight.device.type == "cpu" and weight.is_whole for weight in weights)
+    if can_share and len(items) >= 4 * torch.get_num_threads():
         for_each(work, items)
     else:
         for item in items:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..adapters import Target
+from ..kernels import kernels_for
+from ..kernels.plain import bits
 from ..noise import Noise
 from ..parallel import lasting_empty
 from ..sharding import like, local_part
 from ..weights import DenseWeight
-from . import arithmetic
-from .arithmetic import bits
 from .base import Perturbation
 
 _PROBES = 64
@@ -126,14 +126,14 @@ class Subtract(_InPlace):
         tensor = self._weight.tensor
         local = local_part(tensor)
         self._noise, self._tensor = noise, tensor
-        compute = _arithmetic(noise, local)
+        kernels = kernels_for(noise, local)
 
         def add(lo: int, hi: int) -> None:
             def note(journal: Any) -> None:
                 self._journals[lo] = journal
                 self._perturbed[lo] = hi
 
-            compute.perturb(local[lo:hi], noise, lo, hi, journal=self.journals, note=note)
+            kernels.perturb(local[lo:hi], noise, lo, hi, journal=self.journals, note=note)
 
         noise.for_each_block(add, noise.grid.spans(local.shape[0]))
 
@@ -164,11 +164,11 @@ class Subtract(_InPlace):
 
     def _subtract_from(self, local: Tensor, note: Callable[[int], object]) -> None:
         assert self._noise is not None
-        noise, compute = self._noise, _arithmetic(self._noise, local)
+        noise, kernels = self._noise, kernels_for(self._noise, local)
 
         def subtract(lo: int, hi: int) -> None:
             journal = self._journals[lo]
-            compute.restore(local[lo:hi], noise, lo, hi, journal=journal, note=lambda: note(lo))
+            kernels.restore(local[lo:hi], noise, lo, hi, journal=journal, note=lambda: note(lo))
 
         noise.for_each_block(subtract, list(self._perturbed.items()))
 
@@ -185,12 +185,3 @@ RESTORE_MODES: dict[str, type[_InPlace]] = {
     "snapshot": Snapshot,
     "subtract": Subtract,
 }
-
-
-def _arithmetic(noise: Noise, local: Tensor) -> Any:
-    """The module whose ``perturb`` and ``restore`` compute a block: torch operations or kernels."""
-    if noise.has_kernels and local.is_contiguous() and local.dtype != torch.float64:
-        from . import kernels
-
-        return kernels
-    return arithmetic

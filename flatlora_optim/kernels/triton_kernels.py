@@ -2,21 +2,25 @@
 
 The noise is counter-based Philox (Salmon et al. 2011): an element's number depends on the
 block's seed and the element's place in it, so nothing of the weight's size is ever stored. The
-module imports Triton; ask :func:`flatlora_optim.noise.has_kernels` first.
+module imports Triton; ask :func:`flatlora_optim.kernels.has_triton` first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..noise import Noise
 from .journal import narrowed
+
+if TYPE_CHECKING:
+    from ..noise import Noise
+
+name = "Triton"
 
 TILE = 1024
 """Elements per program. A position within a tile fits the 16 bits that the journal has for it."""
@@ -204,8 +208,12 @@ class TileJournal:
         return sum(t.numel() * t.element_size() for t in parts)
 
 
+def takes(noise: Noise, part: Tensor) -> bool:
+    is_known = noise.can_be_fused and noise.is_seeded
+    return is_known and part.is_contiguous() and part.dtype != torch.float64
+
+
 def fill(out: Tensor, seed: int) -> Tensor:
-    """Overwrites a contiguous float32 tensor with standard-normal numbers."""
     with _on(out):
         fill_kernel[_tiles(out)](out, out.numel(), seed, TILE=TILE)
     return out
@@ -220,7 +228,6 @@ def perturb(
     journal: bool,
     note: Callable[[TileJournal | None], object],
 ) -> None:
-    """``part += eps`` for one block, as :func:`.arithmetic.perturb` does it."""
     record = TileJournal(part) if journal else None
     arrays = [getattr(record, name, part) for name in ("low", "corrections", "starts", "counts", "total")]
     _run_on_block(perturb_kernel, part, noise, lo, hi, arrays, journal, lambda: note(record))
@@ -231,7 +238,6 @@ def perturb(
 def restore(
     part: Tensor, noise: Noise, lo: int, hi: int, *, journal: TileJournal | None, note: Callable[[], object]
 ) -> None:
-    """Takes away what :func:`perturb` has put on."""
     arrays = [getattr(journal, name, part) for name in ("low", "corrections", "starts", "counts")]
     _run_on_block(restore_kernel, part, noise, lo, hi, arrays, journal is not None, note)
 

@@ -10,41 +10,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SEGMENT = 1 << 16
+SEGMENT = 1 << 16
 
 
 class Journal:
     """Positions and corrections of single elements, almost always 2 bytes each.
 
     Args:
-        original: The bit patterns before the perturbation. Contiguous.
-        restored: Those that the subtraction alone would bring back. Overwritten.
+        low: The lower 16 bits of each position, ascending within a segment, int16.
+        corrections: What to add to the bit patterns there, int16 if all of them fit.
+        starts: Upper bits are kept once per segment of 65,536 elements: the number of entries
+            before each segment and, last, of all. None if there is one segment only.
     """
 
-    def __init__(self, original: Tensor, restored: Tensor) -> None:
+    def __init__(self, low: Tensor, corrections: Tensor, starts: Tensor | None) -> None:
+        self.low, self.corrections, self.starts = low, corrections, starts
+
+    @classmethod
+    def of(cls, original: Tensor, restored: Tensor) -> Journal:
+        """
+        Args:
+            original: The bit patterns before the perturbation. Contiguous.
+            restored: Those that the subtraction alone would bring back. Overwritten.
+        """
         # Integers wrap around: any two bit patterns have a difference.
         missed = torch.sub(original, restored, out=restored).view(-1)
         positions = _where(missed.to(torch.bool))
-        self._corrections = narrowed(missed.index_select(0, positions))
+        starts = None
+        if missed.numel() > SEGMENT:
+            bounds = torch.arange(0, missed.numel() + SEGMENT, SEGMENT, device=missed.device)
+            starts = torch.searchsorted(positions, bounds)
         # uint16 has few kernels; wrapping into int16 keeps the same bits.
-        self._low = positions.to(torch.int16)
-        # Positions ascend, so the upper bits are kept once per segment of 65,536 elements.
-        self._starts: Tensor | None = None
-        if missed.numel() > _SEGMENT:
-            bounds = torch.arange(0, missed.numel() + _SEGMENT, _SEGMENT, device=missed.device)
-            self._starts = torch.searchsorted(positions, bounds)
+        return cls(positions.to(torch.int16), narrowed(missed.index_select(0, positions)), starts)
 
     def correct(self, flat: Tensor) -> None:
         """Corrects, in place, the flat bit patterns that a subtraction brought back."""
-        positions = self._low.to(torch.int64).bitwise_and_(_SEGMENT - 1)
-        if self._starts is not None:
-            segments = torch.arange(len(self._starts) - 1, device=flat.device) * _SEGMENT
-            positions += segments.repeat_interleave(self._starts.diff(), output_size=len(positions))
-        flat[positions] = flat.index_select(0, positions) + self._corrections
+        positions = self.low.to(torch.int64).bitwise_and_(SEGMENT - 1)
+        if self.starts is not None:
+            segments = torch.arange(len(self.starts) - 1, device=flat.device) * SEGMENT
+            positions += segments.repeat_interleave(self.starts.diff(), output_size=len(positions))
+        flat[positions] = flat.index_select(0, positions) + self.corrections
 
     @property
     def nbytes(self) -> int:
-        parts = (self._low, self._corrections, self._starts)
+        parts = (self.low, self.corrections, self.starts)
         return sum(t.numel() * t.element_size() for t in parts if t is not None)
 
 
