@@ -202,3 +202,23 @@ def _rng_states() -> dict[str, Any]:
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state().tolist()
     return states
+
+
+def philox(seed: int, counters: Tensor) -> list[Tensor]:
+    """The four words of Philox-4x32-10 (Salmon et al. 2011), in 64-bit torch arithmetic."""
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = counters.long(), *(torch.zeros_like(counters, dtype=torch.int64) for _ in range(3))
+    k0, k1 = seed & mask, seed >> 32
+
+    def multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+        # 32 x 32 bits overflow a signed 64-bit integer: multiply in halves of 16.
+        low = word * (constant & 0xFFFF)
+        high = word * (constant >> 16) + (low >> 16)
+        return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+    for _ in range(10):
+        high0, low0 = multiply(c0, 0xD2511F53)
+        high2, low2 = multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return [c0, c1, c2, c3]

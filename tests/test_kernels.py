@@ -21,7 +21,7 @@ from flatlora_optim import find_targets
 from flatlora_optim.kernels import has_triton
 from flatlora_optim.kernels.plain import rounded_sum
 from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey
-from helpers import OwnLoRA, flatlora, int_view, lora_gpt2, lora_mlp, loss_of, mlp_batch
+from helpers import OwnLoRA, flatlora, int_view, lora_gpt2, lora_mlp, loss_of, mlp_batch, philox
 
 triton = pytest.importorskip("triton", minversion="3.2")
 
@@ -90,26 +90,6 @@ def test_where_triton_cannot_compile_the_kernels_they_are_left_alone(
     assert has_triton.__wrapped__(torch.device("cuda")) is usable
 
 
-def philox(seed: int, counters: Tensor) -> tuple[Tensor, Tensor]:
-    """The first two words of Philox-4x32-10 (Salmon et al. 2011), in 64-bit torch arithmetic."""
-    mask = 0xFFFFFFFF
-    c0, c1, c2, c3 = counters.long(), *(torch.zeros_like(counters, dtype=torch.int64) for _ in range(3))
-    k0, k1 = seed & mask, seed >> 32
-
-    def multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-        # 32 x 32 bits overflow a signed 64-bit integer: multiply in halves of 16.
-        low = word * (constant & 0xFFFF)
-        high = word * (constant >> 16) + (low >> 16)
-        return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
-
-    for _ in range(10):
-        high0, low0 = multiply(c0, 0xD2511F53)
-        high2, low2 = multiply(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return c0, c1
-
-
 def standard_normal(seed: int, counters: Tensor) -> Tensor:
     """Box-Muller on the 31 upper bits of two words, as Triton's ``randn`` does it."""
 
@@ -117,7 +97,7 @@ def standard_normal(seed: int, counters: Tensor) -> Tensor:
         signed = torch.where(word >= 1 << 31, word - (1 << 32), word)
         return torch.where(signed < 0, -signed - 1, signed).float() * 4.6566127342e-10
 
-    first, second = (uniform(word) for word in philox(seed, counters))
+    first, second = (uniform(word) for word in philox(seed, counters)[:2])
     return torch.sqrt(-2 * torch.log(first.clamp_min(1e-7))) * torch.cos(second * (2 * math.pi))
 
 

@@ -59,8 +59,8 @@ class Journal:
 
 def narrowed(corrections: Tensor) -> Tensor:
     """The integers in 16 bits, if all of them fit."""
-    if corrections.element_size() > 2 and corrections.numel():
-        low, high = corrections.aminmax()
+    if corrections.element_size() > 2:
+        low, high = corrections.aminmax() if corrections.numel() else (0, 0)
         if low >= -(1 << 15) and high < 1 << 15:
             return corrections.to(torch.int16)
     return corrections

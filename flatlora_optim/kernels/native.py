@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -242,9 +243,10 @@ def _load(compiler: str) -> ctypes.CDLL:
     parts = (*command, platform.machine(), _SOURCE.read_text())
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     kept = _cache_folder() / f"native-{digest}.so"
-    with tempfile.TemporaryDirectory() as folder:
-        if kept.exists():
+    if kept.exists():
+        with suppress(OSError):  # damaged
             return _declared(ctypes.CDLL(str(kept)))
+    with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder, kept.name)
         command += [str(_SOURCE), "-o", str(fresh), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIME_LIMIT)
@@ -259,13 +261,11 @@ def _cache_folder() -> Path:
 
 def _keep(fresh: Path, kept: Path) -> None:
     """For the next process; other processes may do the same at the same time."""
-    try:
+    with suppress(OSError):  # a read-only home: each process builds its own
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as copy:
             copy.write(fresh.read_bytes())
         os.replace(copy.name, kept)
-    except OSError:
-        pass  # a read-only home: each process builds its own
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
