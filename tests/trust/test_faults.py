@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import flatlora_optim
 from flatlora_optim import FlatLoRAOptimizer
+from flatlora_optim.noise import GaussianNoise, NoiseKey
 from helpers import changed_weights, fingerprint, flatlora, lora_mlp, loss_of, mlp_batch, trainable
 
 PACKAGE = str(Path(flatlora_optim.__file__).parent)
@@ -211,15 +212,73 @@ def check_run_goes_on(run: Run, after: list[list[Tensor]], place: str) -> None:
     assert not changed_weights(run.model, run.clean), place
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+# ---------------------------------------------------------------------- blocks that never end
+
+
+class Forgets(GaussianNoise):
+    """Drops what it keeps when it is asked for the n-th block."""
+
+    def __init__(self) -> None:
+        self.left = 0
+        self.keeps: list[Any] = []
+
+    def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            self.keeps.clear()
+        return super().block(key, number, out)
+
+
+def interrupted(block: Any) -> Any:
+    """What an interrupt leaves that comes just before the body: the traceback keeps it for a while."""
+    block.__enter__()
+    return block
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_a_full_disk_in_the_middle_of_a_step(mode: str) -> None:
-    undisturbed, run = Run(automatic_style, MODES[mode]), Run(automatic_style, MODES[mode])
-    loss = loss_of(run.model, mlp_batch(0))
-    for state in (run.model.state_dict(), run.optimizer.state_dict()):
-        with pytest.raises((RuntimeError, OSError)):
-            torch.save(state, "/dev/full")
-    loss.backward()
+def test_a_block_that_never_ended_ends_no_later_one(mode: str) -> None:
+    run = Run(explicit_style, MODES[mode])
+    clean_loss = loss_of(run.model.eval(), mlp_batch()).item()
+    kept = [interrupted(run.optimizer.perturbed())]
     run.optimizer.step()
-    assert same(run.adapters(), undisturbed.step(0))
+    with run.optimizer.perturbed():
+        loss = loss_of(run.model, mlp_batch()).item()
+        kept.clear()
+        assert run.optimizer.is_perturbed
+        assert loss_of(run.model, mlp_batch()).item() == loss != clean_loss
+        kept.append(interrupted(run.optimizer.clean()))
+        run.optimizer.restore()
+        run.optimizer.perturb()
+        with run.optimizer.clean():
+            kept.clear()
+            assert not run.optimizer.is_perturbed
+            assert loss_of(run.model, mlp_batch()).item() == clean_loss
     assert not changed_weights(run.model, run.clean)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_block_that_never_ended_ends_when_collected(mode: str) -> None:
+    run = Run(explicit_style, MODES[mode])
+    clean_loss = loss_of(run.model.eval(), mlp_batch()).item()
+    kept = [interrupted(run.optimizer.perturbed())]
+    assert loss_of(run.model, mlp_batch()).item() != clean_loss
+    kept.clear()
+    assert not run.optimizer.is_perturbed
+    assert loss_of(run.model, mlp_batch()).item() == clean_loss
+    assert not changed_weights(run.model, run.clean)
+
+
+@pytest.mark.parametrize("restore", ["exact", "snapshot"])
+def test_a_block_that_never_ended_is_collected_while_others_come_and_go(restore: str) -> None:
+    model, noise = lora_mlp(), Forgets()
+    clean = fingerprint(model)
+    optimizer = flatlora(model, restore=restore, noise=noise)
+    for number in range(1, 1 + len(optimizer.targets)):
+        noise.keeps.append(interrupted(optimizer.perturbed()))
+        optimizer.step()
+        noise.left = number
+        with optimizer.perturbed():
+            assert not noise.keeps
+            assert optimizer.is_perturbed
+            assert len(changed_weights(model, clean)) == len(optimizer.targets)
+        assert not changed_weights(model, clean), number
