@@ -12,9 +12,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from flatlora_optim import FlatLoRAOptimizer
-from helpers import MLP, flatlora, int_view, loss_of, trainable, with_lora
+from helpers import MLP, flatlora, int_view, lora_mlp, loss_of, trainable, with_lora
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and Linux' resource limits")
 
@@ -59,16 +58,16 @@ class Run:
             loss_of(self.model, self.batch).backward()
         self.optimizer.step()
 
-    def adapters(self) -> list[Tensor]:
-        return [p.detach().clone() for p in trainable(self.model)]
-
     def frozen_bits(self) -> str:
-        """sha256, without a copy of them."""
-        total = hashlib.sha256()
-        for parameter in self.model.parameters():
-            if not parameter.requires_grad:
-                total.update(int_view(parameter).numpy())
-        return total.hexdigest()
+        return digest([p for p in self.model.parameters() if not p.requires_grad])
+
+
+def digest(tensors: list[nn.Parameter]) -> str:
+    """sha256 of all bits, without a copy of them."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(int_view(tensor).numpy())
+    return total.hexdigest()
 
 
 @contextmanager
@@ -106,24 +105,38 @@ def forked(work: Callable[..., str], *args: Any) -> str:
     return answer if status == 0 else f"died with status {status}"
 
 
-def check_goes_on(run: Run, before: str) -> None:
+def adapters_after_a_step(run: Run) -> str:
+    run.step()
+    return digest(trainable(run.model))
+
+
+def check_goes_on(run: Run, before: str, expected: str) -> None:
     run.optimizer.restore()
     assert run.frozen_bits() == before
-    undisturbed = Run(run.case)
-    for one in (run, undisturbed):
-        one.step()
-    assert all(map(torch.equal, run.adapters(), undisturbed.adapters()))
+    assert adapters_after_a_step(run) == expected
     assert run.frozen_bits() == before
 
 
 # ---------------------------------------------------------------------- memory
 
 
-def with_little_memory(run: Run, headroom: int) -> str:
+def fill_memory() -> list[Tensor]:
+    filling: list[Tensor] = []
+    for size in (1 << 20, 1 << 16, 1 << 12):
+        with suppress(RuntimeError):
+            while True:
+                filling.append(torch.empty(size, dtype=torch.uint8))
+    return filling
+
+
+def with_little_memory(run: Run, expected: str, free: int) -> str:
     import resource
 
     before, answer = run.frozen_bits(), "enough"
-    with limited(resource.RLIMIT_AS, address_space() + headroom):
+    with limited(resource.RLIMIT_AS, address_space() + free + (1 << 21)):
+        kept_free = torch.empty(free, dtype=torch.uint8)
+        filling = fill_memory()
+        del kept_free
         try:
             run.attempt()
         except (MemoryError, RuntimeError):
@@ -132,15 +145,25 @@ def with_little_memory(run: Run, headroom: int) -> str:
             answer = "refused, also to restore"
         else:
             assert run.frozen_bits() == before
-    check_goes_on(run, before)
+    filling.clear()
+    check_goes_on(run, before, expected)
     return answer
 
 
 def try_with_little_memory(case: str) -> str:
-    run, answers = Run(case), [""]
-    while answers[-1] != "enough" and len(answers) < 100:
-        answers.append(forked(with_little_memory, run, (len(answers) - 1) << 20))
-    return json.dumps(answers[1:])
+    run = Run(case)
+    expected = forked(adapters_after_a_step, run)
+    from_scratch = try_with_more_and_more(run, expected)
+    run.attempt()  # from now on, the same noise again needs a journal and nothing else
+    return json.dumps([from_scratch, try_with_more_and_more(run, expected)])
+
+
+def try_with_more_and_more(run: Run, expected: str) -> list[str]:
+    answers, free = [""], 1 << 14
+    while answers[-1] != "enough" and free < 1 << 30:
+        answers.append(forked(with_little_memory, run, expected, free))
+        free += free // 2
+    return answers[1:]
 
 
 # ---------------------------------------------------------------------- disk
@@ -153,7 +176,7 @@ def save(run: Run, path: Path) -> None:
     unfinished.replace(path)
 
 
-def with_little_disk(run: Run, path: Path, size: int) -> str:
+def with_little_disk(run: Run, expected: str, path: Path, size: int) -> str:
     import resource
 
     path.write_text("an older checkpoint")
@@ -173,18 +196,19 @@ def with_little_disk(run: Run, path: Path, size: int) -> str:
     save(run, path)
     run.optimizer.restore()
     run.model.load_state_dict(torch.load(path)["model"])
-    check_goes_on(run, before)
+    check_goes_on(run, before, expected)
     return answer
 
 
 def try_with_little_disk(case: str) -> str:
     run = Run(case)
+    expected = forked(adapters_after_a_step, run)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint"
         save(run, path)
         size = path.stat().st_size
         sizes = (0, 100, size // 2, size - 1, size)
-        return json.dumps([forked(with_little_disk, run, path, size) for size in sizes])
+        return json.dumps([forked(with_little_disk, run, expected, path, size) for size in sizes])
 
 
 # ---------------------------------------------------------------------- the tests
@@ -193,6 +217,8 @@ def try_with_little_disk(case: str) -> str:
 def try_all() -> None:
     """What the small process does."""
     torch.set_num_threads(1)  # a fork has no other
+    with flatlora(lora_mlp()).perturbed():
+        pass  # loads the native kernels, which takes memory, too
     print(json.dumps([{case: forked(test, case) for case in CASES} for test in TESTS]))
 
 
@@ -218,13 +244,14 @@ def answers() -> Answers:
 @pytest.mark.parametrize("case", CASES)
 def test_out_of_memory(case: str, answers: Answers) -> None:
     """Where it is too little for restoring, too, that works as soon as there is more."""
-    given = json.loads(answers[0][case])
-    assert set(given) <= {"enough", "refused", "refused, also to restore"}, given
-    assert given.count("refused") >= 3
-    assert given[-1] == "enough"
-    if "snapshot" in case:
-        assert "refused, also to restore" not in given
-    print(f"{case}: {Counter(given)}")
+    from_scratch, again = json.loads(answers[0][case])
+    assert set(from_scratch + again) <= {"enough", "refused", "refused, also to restore"}
+    assert from_scratch.count("refused") > 5
+    assert from_scratch[-1] == again[-1] == "enough"
+    if case.startswith("snapshot"):
+        assert "refused, also to restore" not in from_scratch + again
+    if case.startswith("exact"):
+        assert again.count("refused") > 5
 
 
 @pytest.mark.parametrize("case", CASES)
