@@ -110,12 +110,15 @@ class Grid(NamedTuple):
     def blocks(self) -> int:
         return -(-self.rows // self.rows_per_block)
 
-    def spans(self, local_rows: int) -> list[tuple[int, int]]:
-        """Cuts local rows ``[0, local_rows)`` at the block boundaries of the whole weight."""
-        spans, lo = [], 0
+    def spans(self, local_rows: int, blocks: int = 1) -> list[tuple[int, int]]:
+        """Cuts local rows ``[0, local_rows)`` at the whole weight's block boundaries.
+
+        Args:
+            blocks: How many blocks to leave together.
+        """
+        spans, lo, rows = [], 0, blocks * self.rows_per_block
         while lo < local_rows:
-            block = (lo + self.first_row) // self.rows_per_block
-            hi = min(local_rows, (block + 1) * self.rows_per_block - self.first_row)
+            hi = min(local_rows, ((lo + self.first_row) // rows + 1) * rows - self.first_row)
             spans.append((lo, hi))
             lo = hi
         return spans
@@ -155,51 +158,70 @@ class Noise:
         """Whether kernels can make a block's numbers too, from its seed."""
         return type(self.source) is GaussianNoise  # a subclass may make other numbers
 
-    def recipe(self, lo: int, hi: int) -> tuple[Tensor, int, int]:
-        """The scales of one span of local rows, its block's seed, and its first element's place."""
-        number, skip = self._place(lo)
-        return self._scales(lo, hi), self.key.block_seed(number), skip * self.grid.row_size
+    def recipe(self, lo: int, hi: int) -> tuple[Tensor, list[int], int]:
+        """What kernels need to make ``eps`` of local rows ``[lo, hi)``.
 
-    def standard_block(self, lo: int) -> Tensor:
-        """``z`` of the whole block that holds the local row, 2-D float32, maybe in scratch memory."""
-        return self.source.block(self.key, self._place(lo)[0], self._memory(lo))
+        Returns:
+            The scales of the rows, the seeds of the blocks that hold them, and the place of the
+            first element in the first block.
+        """
+        numbers, skip = self._place(lo, hi)
+        seeds = [self.key.block_seed(number) for number in numbers]
+        return self._scales(lo, hi), seeds, skip * self.grid.row_size
+
+    def standard_blocks(self, lo: int, hi: int) -> list[Tensor]:
+        """``z`` of the whole blocks that hold local rows ``[lo, hi)``, maybe in scratch memory.
+
+        Each is 2-D, contiguous and float32.
+        """
+        numbers, _ = self._place(lo, hi)
+        memory = self._memory(numbers).split(self.grid.rows_per_block)
+        return [self.source.block(self.key, *item) for item in zip(numbers, memory, strict=True)]
 
     def block(self, lo: int, hi: int) -> Tensor:
-        """``eps`` of one span of local rows, 2-D float32, in scratch memory."""
-        (number, skip), out = self._place(lo), self._memory(lo)
+        """``eps`` of local rows ``[lo, hi)`` within one block, 2-D float32, in scratch memory."""
+        numbers, skip = self._place(lo, hi)
+        out = self._memory(numbers)
         ours = slice(skip, skip + hi - lo), self.grid.columns
         scales = self._scales(lo, hi)
-        z = self.source.block(self.key, number, out)
+        z = self.source.block(self.key, numbers[0], out)
         return torch.mul(z[ours], scales[:, None] if self.row_dim == 0 else scales, out=out[ours])
 
-    def _place(self, lo: int) -> tuple[int, int]:
-        """The number of the block that holds a local row, and the row's place in it."""
-        number, skip = divmod(lo + self.grid.first_row, self.grid.rows_per_block)
-        return self.grid.first_block + number, skip
+    def _place(self, lo: int, hi: int) -> tuple[range, int]:
+        """The numbers of the blocks that hold the local rows, and the first row's place there."""
+        grid, size = self.grid, self.grid.rows_per_block
+        first, skip = divmod(lo + grid.first_row, size)
+        end = -(-(hi + grid.first_row) // size)
+        return range(grid.first_block + first, grid.first_block + end), skip
 
-    def _memory(self, lo: int) -> Tensor:
-        """For the whole block that holds a local row."""
+    def _memory(self, numbers: range) -> Tensor:
+        """For whole blocks."""
         grid = self.grid
-        first = (self._place(lo)[0] - grid.first_block) * grid.rows_per_block
-        shape = min(grid.rows_per_block, grid.rows - first), grid.row_size
-        return scratch("z", shape, torch.float32, self.scales.device)
+        bounds = ((number - grid.first_block) * grid.rows_per_block for number in (numbers[0], numbers.stop))
+        first, end = (min(row, grid.rows) for row in bounds)
+        return scratch("z", (end - first, grid.row_size), torch.float32, self.scales.device)
 
     def _scales(self, lo: int, hi: int) -> Tensor:
         if self.row_dim == 0:
             return self.scales[self.grid.first_row + lo : self.grid.first_row + hi]
         return self.scales[self.grid.columns]
 
-    def for_each_block(self, visit: Callable[[int, int], object], spans: list[tuple[int, int]]) -> None:
+    def parts(self, local_rows: int, blocks_at_once: int) -> list[tuple[int, int]]:
+        """Cuts local rows into spans of at most so many blocks, but leaves something to each thread."""
+        share = self.grid.blocks // torch.get_num_threads()
+        return self.grid.spans(local_rows, max(1, min(blocks_at_once, share)))
+
+    def for_each_part(self, visit: Callable[[int, int], object], parts: list[tuple[int, int]]) -> None:
         """Calls ``visit(lo, hi)`` for each span; on the CPU from several threads."""
 
-        def work(span: tuple[int, int]) -> None:
-            visit(*span)
+        def work(part: tuple[int, int]) -> None:
+            visit(*part)
 
         if self.scales.device.type == "cpu":
-            for_each(work, spans)
+            for_each(work, parts)
         else:
-            for span in spans:
-                work(span)
+            for part in parts:
+                work(part)
 
     @torch.no_grad()
     def share_lost(self, weight: Tensor, strength: float = 1.0) -> float:
@@ -225,5 +247,5 @@ class Noise:
         def add(lo: int, hi: int) -> None:
             kernels.perturb(weight[lo:hi], self, lo, hi, journal=False, note=lambda journal: None)
 
-        self.for_each_block(add, self.grid.spans(weight.shape[0]))
+        self.for_each_part(add, self.parts(weight.shape[0], kernels.blocks_at_once))
         return weight

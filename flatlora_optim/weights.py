@@ -15,15 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .kernels import has_triton
+from .kernels import kernels_of
 from .noise import Grid
 from .parallel import scratch
 from .sharding import is_sharded, local_part, region, sum_over_parts
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-_LARGEST_KERNEL_RANK = 64
-"""The kernel keeps a rank's sums in registers: beyond, it takes minutes to compile, and spills."""
 
 
 class UnsupportedAdapterError(Exception):
@@ -169,12 +166,13 @@ class DenseWeight(FrozenWeight):
             yield grid.first_row + lo, grid.first_row + hi, part.flatten(1)
 
     def cross_term(self, left: Tensor, right: Tensor) -> Tensor:
-        if is_sharded(self.tensor) or not has_triton(self.device) or len(right) > _LARGEST_KERNEL_RANK:
-            return super().cross_term(left, right)
-        from .kernels import triton_kernels
-
-        matrix = self.tensor.detach().flatten(1)
-        return triton_kernels.cross_term(matrix.T if self.row_dim else matrix, left, right)
+        local, grid = local_part(self.tensor.detach()).flatten(1), self.grid()
+        dims = slice(grid.first_row, grid.first_row + len(local)), grid.columns
+        rows, columns = reversed(dims) if self.row_dim else dims
+        out = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
+        matrix = local.T if self.row_dim else local
+        out[rows] = kernels_of(self.device).cross_term(matrix, left[rows], right[:, columns])
+        return out
 
     def grid(self, first_block: int = 0) -> Grid:
         first_row, columns = region(self.tensor)

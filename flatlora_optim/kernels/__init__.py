@@ -1,4 +1,4 @@
-"""Making, adding and taking away the noise of one block, in three ways that do the same.
+"""Making, adding and taking away the noise of a block, in three ways that do the same.
 
 :mod:`.triton_kernels` for CUDA, :mod:`.native` for CPUs with a C compiler, :mod:`.plain` torch
 operations for everything else. Each makes standard-normal numbers of its own; with the same
@@ -30,6 +30,8 @@ class Kernels(Protocol):
     """What each of the three modules offers."""
 
     name: str
+    blocks_at_once: int
+    """How many blocks one call may be given."""
 
     def takes(self, noise: Noise, part: Tensor) -> bool:
         """Whether ``perturb`` and ``restore`` know noise and weights of this kind."""
@@ -49,14 +51,14 @@ class Kernels(Protocol):
         journal: bool,
         note: Callable[[Any], object],
     ) -> None:
-        """``part += eps`` for one block.
+        """``part += eps`` for the rows of one block, or of a few.
 
         Args:
             part: Local rows ``[lo, hi)`` of the weight.
             noise: The weight's noise.
             journal: Whether to record what the subtraction will miss.
-            note: Called with the journal, or None, once the block is written, also if an
-                exception follows. If it was not called, the block is as it was.
+            note: Called with the journal, or None, once the rows are written, also if an
+                exception follows. If it was not called, they are as they were.
         """
         ...
 
@@ -64,6 +66,15 @@ class Kernels(Protocol):
         self, part: Tensor, noise: Noise, lo: int, hi: int, *, journal: Any, note: Callable[[], object]
     ) -> None:
         """Takes away what ``perturb`` has put on, and calls ``note`` in the same way."""
+        ...
+
+    def cross_term(self, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """``<left[i, :], (matrix @ right.T)[i, :]>``, shape ``(m,)``, float32, in one pass.
+
+        Args:
+            matrix: Shape ``(m, n)``, of any strides and floating dtype.
+            left, right: Shapes ``(m, r)`` and ``(r, n)``, float32.
+        """
         ...
 
 

@@ -1,4 +1,4 @@
-/* The noise of one block, made, added and journaled in one pass over the weight.
+/* The noise of a block, made, added and journaled in one pass over the weight.
  *
  * Plain C whose loops the compiler vectorizes. It must be compiled without contraction
  * (-ffp-contract=off): then every operation is rounded by itself and the numbers are the same on
@@ -15,6 +15,10 @@
 #define TILE 1024           /* numbers made at once: they stay in the first-level cache */
 #define LANES (TILE / 4)    /* Philox calls in a tile, four words each */
 #define SEGMENT (1 << 16)   /* elements for which a journal's position fits 16 bits */
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the journal is written for little-endian processors"
+#endif
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -167,23 +171,24 @@ static void round_to(int format, const float *x, const float *w, void *to, int64
 /* ------------------------------------------------------------------------ noise of a weight */
 
 typedef struct {
-    const float *table; /* standard-normal numbers of the block, or NULL to make them */
-    uint32_t seed;
-    int64_t offset;     /* where the first element lies in its block */
+    const float *const *tables; /* standard-normal numbers of each block, or NULL to make them */
+    const uint32_t *seeds;      /* one for each block */
+    int64_t block_size;
+    int64_t offset;             /* where the first element lies in the first block */
     const float *scales;
     int64_t row_size;
     int32_t transposed; /* whether the scales run along a row instead of over rows */
 } Noise;
 
-/* eps of the elements [at, at + n), all in one tile of the block. */
+/* eps of the elements [at, at + n), all in one tile of one block. */
 static void make_noise(const Noise *noise, int64_t at, int n, float *eps) {
     float made[TILE];
-    int64_t place = noise->offset + at;
+    int64_t block = (noise->offset + at) / noise->block_size, place = (noise->offset + at) % noise->block_size;
     const float *z = made + place % TILE;
-    if (noise->table)
-        z = noise->table + place;
+    if (noise->tables)
+        z = noise->tables[block] + place;
     else
-        gaussian_tile(noise->seed, place / TILE, made);
+        gaussian_tile(noise->seeds[block], place / TILE, made);
     int64_t row = at / noise->row_size, column = at % noise->row_size;
     for (int i = 0; i < n;) {
         int64_t rest = noise->row_size - column;
@@ -201,11 +206,13 @@ static void make_noise(const Noise *noise, int64_t at, int n, float *eps) {
     }
 }
 
-/* How many elements from `at` on lie in one tile of the block and in one segment of the journal. */
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* How many elements from `at` on lie in one tile of one block and in one segment of the journal. */
 static int piece(const Noise *noise, int64_t at, int64_t numel) {
-    int64_t n = TILE - (noise->offset + at) % TILE, segment = SEGMENT - at % SEGMENT;
-    n = n < segment ? n : segment;
-    return (int)(n < numel - at ? n : numel - at);
+    int64_t place = (noise->offset + at) % noise->block_size;
+    int64_t in_block = least(TILE - place % TILE, noise->block_size - place);
+    return (int)least(least(in_block, SEGMENT - at % SEGMENT), numel - at);
 }
 
 void flatlora_fill(float *out, int64_t numel, uint32_t seed) {
@@ -253,16 +260,19 @@ static int64_t record(int format, const uint32_t *right, const uint32_t *back, i
         for (int i = 0; i < n; i++) missed[i] = (int16_t)(right16[i] - back16[i]);
     }
     for (int i = 0; i < n; i++) is_missed[i] = missed[i] != 0;
-    for (int i = n; i % 8; i++) is_missed[i] = 0;
-    /* Few are missed: most groups of eight are passed over at once. */
-    for (int first = 0; first < n; first += 8) {
-        uint64_t any;
-        memcpy(&any, is_missed + first, 8);
-        if (!any) continue;
-        for (int i = first; i < first + 8 && i < n; i++) {
+    for (int i = n; i % 64; i++) is_missed[i] = 0;
+    for (int first = 0; first < n; first += 64) {
+        /* One bit per element. The product puts the lowest bits of eight bytes side by side. */
+        uint64_t mask = 0;
+        for (int i = 0; i < 8; i++) {
+            uint64_t bytes;
+            memcpy(&bytes, is_missed + first + 8 * i, 8);
+            mask |= (bytes * 0x0102040810204080u >> 56) << (8 * i);
+        }
+        for (; mask; mask &= mask - 1) {
+            int i = first + __builtin_ctzll(mask);
             journal->low[entries] = (uint16_t)(at + i);
-            corrections[entries] = missed[i];
-            entries += is_missed[i];
+            corrections[entries++] = missed[i];
         }
     }
     return entries;
@@ -326,4 +336,66 @@ void flatlora_restore(void *weight, int64_t numel, int32_t format, const Noise *
     }
     if (journal) correct(weight, numel, format, journal);
     *done = 1;
+}
+
+/* ------------------------------------------------------------------------ row norms */
+
+#if defined(__AVX512F__)
+#define WIDTH 16 /* numbers in a vector */
+#elif defined(__AVX__)
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
+#define GROUP 4    /* rows that share each vector of `right` that is loaded */
+#define CHUNK 512  /* columns whose part of `right` stays in the first-level cache up to rank 16 */
+
+typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float))));
+
+static inline Vector vector_at(const float *from) {
+    Vector v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+/* out[i] += sum_j W[i, j] * (left @ right)[i, j] for `rows` rows and columns [first, first + n),
+ * where n is a multiple of WIDTH after padding with zeros. */
+static void cross_chunk(const float w[GROUP][CHUNK], int n, const float *left, int64_t rank,
+                        const float *right, int64_t stride, float *out, int rows) {
+    Vector total[GROUP] = {{0}};
+    for (int j = 0; j < n; j += WIDTH) {
+        Vector delta[GROUP] = {{0}};
+        for (int64_t r = 0; r < rank; r++) {
+            Vector a = vector_at(right + r * stride + j);
+            for (int i = 0; i < GROUP; i++) delta[i] += a * left[i * rank + r];
+        }
+        for (int i = 0; i < GROUP; i++) total[i] += vector_at(w[i] + j) * delta[i];
+    }
+    for (int i = 0; i < rows; i++)
+        for (int k = 0; k < WIDTH; k++) out[i] += total[i][k];
+}
+
+/* out[i] = <left[i, :], (W @ right^T)[i, :]> for W of shape (rows, columns), left (rows, rank) and
+ * right (rank, columns). `padded` has room for (rank + GROUP) * CHUNK + GROUP * rank numbers. */
+void flatlora_cross_term(const void *weight, int64_t rows, int64_t columns, int32_t format,
+                         const float *left, const float *right, int64_t rank, float *padded, float *out) {
+    float *last = padded + rank * CHUNK;
+    float w[GROUP][CHUNK];
+    memset(out, 0, sizeof(float) * (size_t)rows);
+    for (int64_t first = 0; first < columns; first += CHUNK) {
+        int n = columns - first < CHUNK ? (int)(columns - first) : CHUNK;
+        int whole = (n + WIDTH - 1) / WIDTH * WIDTH;
+        for (int64_t r = 0; r < rank; r++) {
+            memcpy(padded + r * CHUNK, right + r * columns + first, sizeof(float) * (size_t)n);
+            for (int j = n; j < whole; j++) padded[r * CHUNK + j] = 0.0f;
+        }
+        memset(w, 0, sizeof w);
+        for (int64_t i = 0; i < rows; i += GROUP) {
+            int some = rows - i < GROUP ? (int)(rows - i) : GROUP;
+            for (int k = 0; k < some; k++) load(format, weight, (i + k) * columns + first, w[k], n);
+            const float *factors = left + i * rank;
+            if (some < GROUP) factors = memcpy(last, factors, sizeof(float) * (size_t)(some * rank));
+            cross_chunk((const float(*)[CHUNK])w, whole, factors, rank, padded, CHUNK, out + i, some);
+        }
+    }
 }

@@ -27,13 +27,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..parallel import scratch
+from ..parallel import for_each, scratch
+from . import plain
 from .journal import SEGMENT, Journal, narrowed
 
 if TYPE_CHECKING:
     from ..noise import Noise
 
 name = "native"
+blocks_at_once = 4  # preparing a call takes longer than some ten thousand elements
 
 _SOURCE = Path(__file__).with_name("native.c")
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -55,6 +57,9 @@ _VECTOR_FLAGS = {
 }
 _TIME_LIMIT = 120.0
 
+_LARGEST_RANK = 16  # beyond, a matrix product is faster
+_GROUP, _CHUNK = 4, 512  # GROUP and CHUNK of native.c
+
 _KNOWN_SUM = -21_415_298_576
 """Of the bit patterns of the first 4096 numbers for seed 1."""
 
@@ -63,8 +68,9 @@ class _Noise(ctypes.Structure):
     """``Noise`` of native.c."""
 
     _fields_ = (
-        ("table", ctypes.c_void_p),
-        ("seed", ctypes.c_uint32),
+        ("tables", ctypes.POINTER(ctypes.c_void_p)),
+        ("seeds", ctypes.POINTER(ctypes.c_uint32)),
+        ("block_size", ctypes.c_int64),
         ("offset", ctypes.c_int64),
         ("scales", ctypes.c_void_p),
         ("row_size", ctypes.c_int64),
@@ -130,17 +136,44 @@ def restore(
         raise
 
 
+def cross_term(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    rank = len(right)
+    if rank > _LARGEST_RANK or matrix.dtype not in _FORMATS or not matrix.is_contiguous():
+        return plain.cross_term(matrix, left, right)
+    left, right = left.contiguous(), right.contiguous()
+    out = torch.empty(len(matrix), dtype=torch.float32)
+
+    def compute(rows: slice) -> None:
+        part = matrix[rows]
+        padded = scratch("padded", ((rank + _GROUP) * _CHUNK + _GROUP * rank,), torch.float32, out.device)
+        _loaded().flatlora_cross_term(
+            part.data_ptr(),
+            *part.shape,
+            _FORMATS[part.dtype],
+            left[rows].data_ptr(),
+            right.data_ptr(),
+            rank,
+            padded.data_ptr(),
+            out[rows].data_ptr(),
+        )
+
+    for_each(compute, plain.row_chunks(matrix))
+    return out
+
+
 class _Call:
-    """One block, as native.c wants it."""
+    """Some rows of a weight and their noise, as native.c wants them."""
 
     def __init__(self, part: Tensor, noise: Noise, lo: int, hi: int) -> None:
-        scales, seed, offset = noise.recipe(lo, hi)
+        scales, seeds, offset = noise.recipe(lo, hi)
+        tables = [] if noise.is_seeded else noise.standard_blocks(lo, hi)
         # Addresses are all that C gets: the tensors have to live as long as they are in use.
-        self._alive = part, scales, None if noise.is_seeded else noise.standard_block(lo).contiguous()
-        self._part = part
+        self._part, self._alive = part, (scales, tables)
+        addresses = [table.data_ptr() for table in tables]
         self._noise = _Noise(
-            None if self._alive[2] is None else self._alive[2].data_ptr(),
-            seed,
+            (ctypes.c_void_p * len(tables))(*addresses) if tables else None,
+            (ctypes.c_uint32 * len(seeds))(*seeds),
+            noise.grid.rows_per_block * noise.grid.row_size,
             offset,
             scales.data_ptr(),
             noise.grid.row_size,
@@ -150,7 +183,7 @@ class _Call:
 
     @property
     def is_done(self) -> bool:
-        """Whether the block was written, also if an interrupt followed at once."""
+        """Whether the rows were written, also if an interrupt followed at once."""
         return bool(self._done.value)
 
     def perturb(self, memory: _JournalMemory | None) -> None:
@@ -173,7 +206,7 @@ class _Call:
 
 
 class _JournalMemory:
-    """Room for the longest journal that a block can have."""
+    """Room for the longest journal that the rows can have."""
 
     def __init__(self, part: Tensor) -> None:
         numel = part.numel()
@@ -271,10 +304,13 @@ def _keep(fresh: Path, kept: Path) -> None:
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     library.flatlora_fill.argtypes = (pointer, size, ctypes.c_uint32)
-    for function in (library.flatlora_perturb, library.flatlora_restore):
+    two = library.flatlora_perturb, library.flatlora_restore
+    for function in two:
         function.argtypes = (pointer, size, number, pointer, pointer, pointer)
+    cross = pointer, size, size, number, pointer, pointer, size, pointer, pointer
+    library.flatlora_cross_term.argtypes = cross
+    for function in (*two, library.flatlora_fill, library.flatlora_cross_term):
         function.restype = None
-    library.flatlora_fill.restype = None
     return library
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..noise import Noise
 
 name = "torch"
+blocks_at_once = 1  # what is made in between stays in a core's own cache
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -79,3 +80,20 @@ def _write(part: Tensor, values: Tensor, note: Callable[[], object]) -> None:
         if torch.equal(bits(part.contiguous()), bits(values)):
             note()
         raise
+
+
+def cross_term(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    out = torch.empty(len(matrix), dtype=torch.float32, device=matrix.device)
+    for rows in row_chunks(matrix):
+        part = matrix[rows]
+        if part.dtype != torch.float32:
+            part = scratch("values", part.shape, torch.float32, part.device).copy_(part)
+        out[rows] = (torch.mm(part, right.T) * left[rows]).sum(1)
+    return out
+
+
+def row_chunks(matrix: Tensor) -> list[slice]:
+    """Cuts a matrix into rows that stay in a core's cache, or that an accelerator takes at once."""
+    elements = 1 << 18 if matrix.device.type == "cpu" else 1 << 22
+    size = max(1, elements // max(1, matrix.shape[1]))
+    return [slice(lo, lo + size) for lo in range(0, len(matrix), size)]

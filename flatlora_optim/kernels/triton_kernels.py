@@ -15,12 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import plain
 from .journal import narrowed
 
 if TYPE_CHECKING:
     from ..noise import Noise
 
 name = "Triton"
+blocks_at_once = 1
+
+_LARGEST_RANK = 64
+"""The kernel keeps a rank's sums in registers: beyond, it takes minutes to compile, and spills."""
 
 TILE = 1024
 """Elements per program. A position within a tile fits the 16 bits that the journal has for it."""
@@ -252,7 +257,7 @@ def _run_on_block(
     journal: bool,
     note: Callable[[], object],
 ) -> None:
-    scales, seed, offset = noise.recipe(lo, hi)
+    scales, (seed,), offset = noise.recipe(lo, hi)
 
     def launch(done: Tensor) -> None:
         kernel[_tiles(part)](
@@ -275,12 +280,8 @@ def _run_on_block(
 
 
 def cross_term(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``(left * (matrix @ right.T)).sum(1)``, shape ``(m,)``, in one pass over the matrix.
-
-    Args:
-        matrix: Shape ``(m, n)``, of any strides and floating dtype.
-        left, right: Shapes ``(m, r)`` and ``(r, n)``, float32.
-    """
+    if len(right) > _LARGEST_RANK:
+        return plain.cross_term(matrix, left, right)
     rows, columns = matrix.shape
     out = torch.empty(rows, dtype=torch.float32, device=matrix.device)
     rank = right.shape[0]

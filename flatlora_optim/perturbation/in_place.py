@@ -118,7 +118,7 @@ class Subtract(_InPlace):
         super().__init__(target)
         self._noise: Noise | None = None
         self._perturbed: dict[int, int] = {}
-        """First and last row of each block that carries noise right now."""
+        """First and last row of each part that carries noise right now."""
         self._journals: dict[int, Any] = {}
 
     @torch.no_grad()
@@ -135,7 +135,7 @@ class Subtract(_InPlace):
 
             kernels.perturb(local[lo:hi], noise, lo, hi, journal=self.journals, note=note)
 
-        noise.for_each_block(add, noise.grid.spans(local.shape[0]))
+        noise.for_each_part(add, noise.parts(local.shape[0], kernels.blocks_at_once))
 
     @torch.no_grad()
     def remove(self) -> None:
@@ -170,7 +170,7 @@ class Subtract(_InPlace):
             journal = self._journals[lo]
             kernels.restore(local[lo:hi], noise, lo, hi, journal=journal, note=lambda: note(lo))
 
-        noise.for_each_block(subtract, list(self._perturbed.items()))
+        noise.for_each_part(subtract, list(self._perturbed.items()))
 
 
 class Exact(Subtract):
