@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -210,6 +213,53 @@ def check_run_goes_on(run: Run, after: list[list[Tensor]], place: str) -> None:
     if run.optimizer.step_count == 1:
         assert same(run.step(1), after[1]), place
     assert not changed_weights(run.model, run.clean), place
+
+
+# ---------------------------------------------------------------------- real signals
+
+
+@contextmanager
+def alarms() -> Iterator[None]:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+SIGNALS = int(os.environ.get("FLATLORA_SIGNALS", "30"))
+
+
+@pytest.mark.timeout(3600, method="thread")  # the other method has an alarm of its own
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer that sends signals")
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_signal_at_any_time(style: Style, mode: str) -> None:
+    undisturbed, run = Run(style, MODES[mode]), Run(style, MODES[mode])
+    after, start = [undisturbed.step(0)], time.perf_counter()
+    after.append(undisturbed.step(1))
+    duration, interrupted = time.perf_counter() - start, 0
+    with alarms():
+        for _ in range(SIGNALS):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, duration))
+                run.step(0)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+            torch.set_grad_enabled(True)  # the `__exit__` of a no_grad may have been interrupted
+            if any(same(run.adapters(), whole) for whole in (run.start, after[0])):
+                check_run_goes_on(run, after, "a signal")
+            else:  # torch's SGD has updated some of them
+                run.optimizer.restore()
+                assert not changed_weights(run.model, run.clean)
+            run.begin_again()
+    assert interrupted > SIGNALS / 10
 
 
 # ---------------------------------------------------------------------- blocks that never end
