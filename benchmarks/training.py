@@ -37,7 +37,7 @@ def run(device: str, quick: bool) -> list[dict[str, Any]]:
     half = with_lora(copy.deepcopy(base).to(torch.bfloat16))
     model = with_lora(base)
     # (tokens, rounds): bf16 for its memory alone, which depends little on the number of tokens.
-    plan = [(model, 32, 2), (half, 32, 0)] if quick else [(model, 256, 6), (model, 1024, 4), (half, 64, 0)]
+    plan = [(model, 32, 2), (half, 32, 0)] if quick else [(model, 256, 4), (model, 1024, 3), (half, 16, 0)]
     return [{"model": name, **_measure(m, tokens, rounds, device)} for m, tokens, rounds in plan]
 
 

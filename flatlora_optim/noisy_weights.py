@@ -22,6 +22,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from . import sharding
 from .adapters import Target
+from .kernels import kernels_of
 from .noise import Noise, NoiseKey, NoiseSource
 from .perturbation import (
     Perturbation,
@@ -48,6 +49,10 @@ class NoisyWeights:
         self._model = model
         self.perturbations = perturbations
         self.norms = [RowNorms(perturbation.target) for perturbation in perturbations]
+        for target in self.targets:
+            # Native code is built now: what noise there is must not depend on whether a later moment
+            # has the memory for it.
+            kernels_of(target.weight.device)
         self.is_perturbed = False
         """Whether the step that is under way has noise, even if it is suspended right now."""
         self.seconds = 0.0

@@ -243,7 +243,7 @@ static void subtract(int format, const float *w, const float *eps, void *to, int
  * patterns, and the number of entries before each segment (NULL if there is one segment only). */
 typedef struct {
     uint16_t *low;
-    void *corrections; /* int16_t or int32_t, as width says */
+    void *corrections; /* int16_t or int32_t, as width says; int16_t is enough for 16-bit weights */
     int64_t *starts;
     int64_t entries;
     int32_t width;
@@ -251,7 +251,7 @@ typedef struct {
 
 static int64_t record(int format, const uint32_t *right, const uint32_t *back, int64_t at, int n,
                       int64_t entries, Journal *journal) {
-    int32_t missed[TILE], *corrections = journal->corrections;
+    int32_t missed[TILE];
     uint8_t is_missed[TILE];
     if (format == FLOAT32) {
         for (int i = 0; i < n; i++) missed[i] = (int32_t)(right[i] - back[i]);
@@ -272,7 +272,10 @@ static int64_t record(int format, const uint32_t *right, const uint32_t *back, i
         for (; mask; mask &= mask - 1) {
             int i = first + __builtin_ctzll(mask);
             journal->low[entries] = (uint16_t)(at + i);
-            corrections[entries++] = missed[i];
+            if (journal->width == 2)
+                ((int16_t *)journal->corrections)[entries++] = (int16_t)missed[i];
+            else
+                ((int32_t *)journal->corrections)[entries++] = missed[i];
         }
     }
     return entries;

@@ -34,11 +34,12 @@ from .journal import SEGMENT, Journal, narrowed
 if TYPE_CHECKING:
     from ..noise import Noise
 
-name = "native"
-blocks_at_once = 4  # preparing a call takes longer than some ten thousand elements
+name = "native C"
+blocks_at_once = 2  # more would need more room for the longest journal
 
 _SOURCE = Path(__file__).with_name("native.c")
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INTEGERS = {2: torch.int16, 4: torch.int32}
 
 # Without contraction all operations are rounded one by one, and the numbers are the same everywhere.
 _FLAGS = (
@@ -141,7 +142,7 @@ def cross_term(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if rank > _LARGEST_RANK or matrix.dtype not in _FORMATS or not matrix.is_contiguous():
         return plain.cross_term(matrix, left, right)
     left, right = left.contiguous(), right.contiguous()
-    out = torch.empty(len(matrix), dtype=torch.float32)
+    out = torch.empty(len(matrix), dtype=torch.float32, device=matrix.device)
 
     def compute(rows: slice) -> None:
         part = matrix[rows]
@@ -212,15 +213,15 @@ class _JournalMemory:
         numel = part.numel()
         segments = -(-numel // SEGMENT)
         self._low = scratch("low", (numel,), torch.int16, part.device)
-        self._corrections = scratch("corrections", (numel,), torch.int32, part.device)
+        self._corrections = scratch("corrections", (numel,), _INTEGERS[part.element_size()], part.device)
         self._starts = scratch("starts", (segments + 1,), torch.int64, part.device)
         self.view = _view(self._low, self._corrections, self._starts)
 
     def journal(self) -> Journal:
         entries = self.view.entries
-        corrections = narrowed(self._corrections[:entries])
+        corrections = self._corrections[:entries]
         starts = self._starts.clone() if self._starts.numel() > 2 else None
-        return Journal(self._low[:entries].clone(), corrections.clone(), starts)
+        return Journal(self._low[:entries].clone(), narrowed(corrections).clone(), starts)
 
 
 def _view(low: Tensor, corrections: Tensor, starts: Tensor | None) -> _Journal:
@@ -315,6 +316,6 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def _first_numbers(library: ctypes.CDLL) -> int:
-    numbers = torch.empty(4096, dtype=torch.float32)
+    numbers = torch.empty(4096, dtype=torch.float32, device="cpu")
     library.flatlora_fill(numbers.data_ptr(), numbers.numel(), 1)
     return int(numbers.view(torch.int32).long().sum())

@@ -14,7 +14,7 @@ from .journal import Journal
 if TYPE_CHECKING:
     from ..noise import Noise
 
-name = "torch"
+name = "torch operations"
 blocks_at_once = 1  # what is made in between stays in a core's own cache
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

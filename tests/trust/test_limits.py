@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from flatlora_optim import FlatLoRAOptimizer
-from helpers import MLP, flatlora, int_view, lora_mlp, loss_of, trainable, with_lora
+from helpers import MLP, flatlora, int_view, loss_of, trainable, with_lora
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork and Linux' resource limits")
 
@@ -217,8 +217,6 @@ def try_with_little_disk(case: str) -> str:
 def try_all() -> None:
     """What the small process does."""
     torch.set_num_threads(1)  # a fork has no other
-    with flatlora(lora_mlp()).perturbed():
-        pass  # loads the native kernels, which takes memory, too
     print(json.dumps([{case: forked(test, case) for case in CASES} for test in TESTS]))
 
 
