@@ -77,8 +77,8 @@ SENTIMENT = Cell(
     learning_rates=(1e-3, 3e-3, 1e-2), seeds=5, tuning_seeds=2, flat=24, noises=3,
 )  # fmt: skip
 ARITHMETIC = Cell(
-    "arithmetic", "arithmetic", train=2000, tests=100, steps=80, batch_size=8,
-    learning_rates=(3e-4, 1e-3, 3e-3), seeds=3, tuning_seeds=2, flat=16, noises=2,
+    "arithmetic", "arithmetic", train=2000, tests=200, steps=120, batch_size=16,
+    learning_rates=(1e-3, 2e-3, 4e-3), seeds=3, tuning_seeds=1, flat=16, noises=2,
 )  # fmt: skip
 CELLS = (
     DIGITS,

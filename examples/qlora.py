@@ -1,8 +1,7 @@
-"""Flat-LoRA on a 4-bit base: SmolLM2-135M in NF4 learns sums, and is asked longer ones.
+"""Flat-LoRA on a 4-bit base: SmolLM2-135M in NF4 learns short sums, and is asked longer ones.
 
 Plain QLoRA and QLoRA with Flat-LoRA see the same examples with the same bitsandbytes 8-bit AdamW.
-Both are scored by exact match of generated answers: on numbers as long as in training, and on
-longer ones.
+Both are scored by exact match of generated answers: on such sums, on longer ones and larger numbers.
 
     python examples/qlora.py                  # a few minutes on two CPU cores
     python examples/qlora.py --device cuda --steps 500
@@ -93,9 +92,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dataset", help="hub name[:config] with `question` and `answer` (default: sums)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--sigma", type=float, default=0.05)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tests", type=int, default=200, help="questions in each test set")
     parser.add_argument("--seed", type=int, default=0)
@@ -107,24 +106,25 @@ def parse_args() -> argparse.Namespace:
 
 
 def sums(args: argparse.Namespace) -> Task:
-    """reasoning-gym's chain sums: two terms of up to two digits, and of three."""
+    """reasoning-gym's chain sums: trained on two and three terms of one digit."""
     import reasoning_gym
 
-    def draw(size: int, seed: int, low: int, high: int) -> list[Example]:
+    def draw(size: int, seed: int, least: int, most: int, digits: int) -> list[Example]:
         entries = reasoning_gym.create_dataset(
-            "chain_sum", size=size, seed=seed, min_terms=2, max_terms=2, min_digits=low, max_digits=high
-        )
+            "chain_sum", size=size, seed=args.seed + seed,
+            min_terms=least, max_terms=most, min_digits=digits, max_digits=digits,
+        )  # fmt: skip
         preface = "State the final answer to the following arithmetic problem: "
         return [Example(e["question"].removeprefix(preface), e["answer"]) for e in entries]
 
-    train = draw(args.steps * args.batch_size, args.seed, 1, 2)
-    seen = {example.question for example in train}
-    in_domain = [e for e in draw(4 * args.tests, args.seed + 1_000_003, 2, 2) if e.question not in seen]
     tests = {
-        "2 digits": in_domain[: args.tests],
-        "3 digits": draw(args.tests, args.seed + 2_000_003, 3, 3),
+        "3 terms": draw(args.tests, 1_000_003, 3, 3, 1),
+        "4 terms": draw(args.tests, 2_000_003, 4, 4, 1),
+        "2 digits": draw(args.tests, 3_000_003, 2, 2, 2),
     }
-    return Task(train, tests, answer_tokens=6)
+    asked, size = {example.question for example in tests["3 terms"]}, args.steps * args.batch_size
+    train = [example for example in draw(2 * size, 0, 2, 3, 1) if example.question not in asked]
+    return Task(train[:size], tests, answer_tokens=6)
 
 
 def hub_task(args: argparse.Namespace) -> Task:

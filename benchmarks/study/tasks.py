@@ -363,15 +363,16 @@ Exercise = tuple[list[int], int]
 
 
 class Arithmetic(Task[list[Exercise]]):
-    """SmolLM2 learns sums of two numbers; out of domain are longer numbers and more of them.
+    """SmolLM2 learns sums of two or three digits; out of domain are four of them, and two-digit numbers.
 
     Exact match: every token of the answer, and its end, is the most likely one given the tokens
     before it. That is when greedy decoding gives the answer.
     """
 
-    in_domain = "two terms"
-    out_of_domain = ("three terms", "more digits")
-    SIZES: ClassVar = {"two terms": (2, 2), "three terms": (3, 2), "more digits": (2, 3)}
+    in_domain = "three terms"
+    out_of_domain = ("four terms", "two digits")
+    # Least and most terms, and digits.
+    SIZES: ClassVar = {"three terms": (3, 3, 1), "four terms": (4, 4, 1), "two digits": (2, 2, 2)}
 
     @cached_property
     def _language_model(self) -> tuple[nn.Module, Any]:
@@ -382,13 +383,12 @@ class Arithmetic(Task[list[Exercise]]):
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         return model, tokenizer
 
-    def _make(self, domain: str, count: int, seed: int) -> list[Exercise]:
+    def _make(self, terms: int, most: int, digits: int, count: int, seed: int) -> list[Exercise]:
         import reasoning_gym
 
-        terms, digits = self.SIZES[domain]
         items = reasoning_gym.create_dataset(
             "chain_sum",
-            min_terms=terms, max_terms=terms, min_digits=digits, max_digits=digits, size=count, seed=seed,
+            min_terms=terms, max_terms=most, min_digits=digits, max_digits=digits, size=count, seed=seed,
         )  # fmt: skip
         tokenizer = self._language_model[1]
         exercises = []
@@ -400,11 +400,11 @@ class Arithmetic(Task[list[Exercise]]):
 
     @cached_property
     def _data(self) -> dict[str, list[Exercise]]:
-        # Two-digit sums are few: no question of validation or test may be in training.
-        data = {"validation": self._make("two terms", self.tests, 1)}
-        data |= {domain: self._make(domain, self.tests, 2) for domain in self.SIZES}
+        # Short sums are few: no question of validation or test may be in training.
+        data = {"validation": self._make(*self.SIZES[self.in_domain], self.tests, 1)}
+        data |= {domain: self._make(*size, self.tests, 2) for domain, size in self.SIZES.items()}
         held_out = {tuple(ids) for exercises in data.values() for ids, _ in exercises}
-        made = self._make("two terms", 2 * self.train, 0)
+        made = self._make(2, 3, 1, 2 * self.train, 0)
         data["train"] = [item for item in made if tuple(item[0]) not in held_out][: self.train]
         return data
 
