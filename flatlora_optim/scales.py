@@ -3,7 +3,7 @@
 ``scale[i] = sigma_t * ||W'[i, :]|| / sqrt(n)`` with ``W' = W + s * B @ A`` (Flat-LoRA, section
 3.2). W' itself is never made:
 
-``||W'[i]||^2 = ||W[i]||^2 + 2 <B[i], W A^T [i]> + B[i] (A A^T) B[i]^T``
+``||W'[i]||^2 = ||W[i]||^2 + 2 <B[i], (W A^T)[i]> + B[i] (A A^T) B[i]^T``
 
 with s folded into B. The first term is constant and kept; the rest costs one pass over W.
 """
@@ -62,13 +62,10 @@ class RowNorms:
         base = self.base_squared()
         if isinstance(delta, LowRank):
             left, right = delta
-            parts = base + 2 * weight.cross_term(left, right)
-            products = ((left @ (right @ right.T)) * left).sum(1)
+            squared = weight.sum_over_parts(base + weight.norm_increase(left, right))
         else:
-            values = delta.flatten(1)
-            parts = base + 2 * weight.row_dots(delta)
-            products = values.square().sum(1 if weight.row_dim == 0 else 0)
-        squared = weight.sum_over_parts(parts) + products
+            products = delta.flatten(1).square().sum(1 if weight.row_dim == 0 else 0)
+            squared = weight.sum_over_parts(base + 2 * weight.row_dots(delta)) + products
         # Rounding can leave a vanishing row slightly below zero.
         return squared.clamp_(min=0).sqrt_()
 

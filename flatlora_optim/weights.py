@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import kernels_of
+from .kernels.plain import increase_of_projected
 from .noise import Grid
 from .parallel import scratch
 from .sharding import is_sharded, local_part, region, sum_over_parts
@@ -98,9 +99,9 @@ class FrozenWeight:
                 out[columns].addmm_(values.T, right[:, lo:hi].T)
         return out
 
-    def cross_term(self, left: Tensor, right: Tensor) -> Tensor:
-        """``<left[i, :], (W @ right.T)[i, :]>``, shape ``(rows,)``."""
-        return (self.project(right) * left).sum(1)
+    def norm_increase(self, left: Tensor, right: Tensor) -> Tensor:
+        """``||(W + left @ right)[i, :]||^2 - ||W[i, :]||^2``, shape ``(rows,)``."""
+        return increase_of_projected(self.project(right), left, right[:, self.grid().columns])
 
     def row_dots(self, other: Tensor) -> Tensor:
         """``<W[i, :], other[i, :]>`` for ``other`` of the stored shape: shape ``(rows,)``."""
@@ -165,13 +166,16 @@ class DenseWeight(FrozenWeight):
                 part = scratch("values", part.shape, torch.float32, part.device).copy_(part)
             yield grid.first_row + lo, grid.first_row + hi, part.flatten(1)
 
-    def cross_term(self, left: Tensor, right: Tensor) -> Tensor:
+    def norm_increase(self, left: Tensor, right: Tensor) -> Tensor:
         local, grid = local_part(self.tensor.detach()).flatten(1), self.grid()
         dims = slice(grid.first_row, grid.first_row + len(local)), grid.columns
         rows, columns = reversed(dims) if self.row_dim else dims
-        out = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
         matrix = local.T if self.row_dim else local
-        out[rows] = kernels_of(self.device).cross_term(matrix, left[rows], right[:, columns])
+        increase = kernels_of(self.device).norm_increase(matrix, left[rows], right[:, columns])
+        if len(increase) == self.rows:
+            return increase
+        out = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
+        out[rows] = increase
         return out
 
     def grid(self, first_block: int = 0) -> Grid:

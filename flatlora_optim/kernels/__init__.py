@@ -68,8 +68,8 @@ class Kernels(Protocol):
         """Takes away what ``perturb`` has put on, and calls ``note`` in the same way."""
         ...
 
-    def cross_term(self, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """``<left[i, :], (matrix @ right.T)[i, :]>``, shape ``(m,)``, float32, in one pass.
+    def norm_increase(self, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """``||(matrix + left @ right)[i]||^2 - ||matrix[i]||^2``, shape ``(m,)``, float32, in one pass.
 
         Args:
             matrix: Shape ``(m, n)``, of any strides and floating dtype.

@@ -361,27 +361,27 @@ static inline Vector vector_at(const float *from) {
     return v;
 }
 
-/* out[i] += sum_j W[i, j] * (left @ right)[i, j] for `rows` rows and columns [first, first + n),
- * where n is a multiple of WIDTH after padding with zeros. */
-static void cross_chunk(const float w[GROUP][CHUNK], int n, const float *left, int64_t rank,
-                        const float *right, int64_t stride, float *out, int rows) {
+/* out[i] += sum_j (2 W + D)[i, j] * D[i, j] with D = left @ right, for `rows` rows and n columns, a
+ * multiple of WIDTH after padding with zeros. */
+static void norm_chunk(const float w[GROUP][CHUNK], int n, const float *left, int64_t rank,
+                       const float *right, float *out, int rows) {
     Vector total[GROUP] = {{0}};
     for (int j = 0; j < n; j += WIDTH) {
         Vector delta[GROUP] = {{0}};
         for (int64_t r = 0; r < rank; r++) {
-            Vector a = vector_at(right + r * stride + j);
+            Vector a = vector_at(right + r * CHUNK + j);
             for (int i = 0; i < GROUP; i++) delta[i] += a * left[i * rank + r];
         }
-        for (int i = 0; i < GROUP; i++) total[i] += vector_at(w[i] + j) * delta[i];
+        for (int i = 0; i < GROUP; i++) total[i] += (2.0f * vector_at(w[i] + j) + delta[i]) * delta[i];
     }
     for (int i = 0; i < rows; i++)
         for (int k = 0; k < WIDTH; k++) out[i] += total[i][k];
 }
 
-/* out[i] = <left[i, :], (W @ right^T)[i, :]> for W of shape (rows, columns), left (rows, rank) and
- * right (rank, columns). `padded` has room for (rank + GROUP) * CHUNK + GROUP * rank numbers. */
-void flatlora_cross_term(const void *weight, int64_t rows, int64_t columns, int32_t format,
-                         const float *left, const float *right, int64_t rank, float *padded, float *out) {
+/* out[i] = |(W + D)[i, :]|^2 - |W[i, :]|^2 with D = left @ right, for W of shape (rows, columns), left
+ * (rows, rank) and right (rank, columns). `padded` has room for (rank + GROUP) * CHUNK + GROUP * rank numbers. */
+void flatlora_norm_increase(const void *weight, int64_t rows, int64_t columns, int32_t format,
+                            const float *left, const float *right, int64_t rank, float *padded, float *out) {
     float *last = padded + rank * CHUNK;
     float w[GROUP][CHUNK];
     memset(out, 0, sizeof(float) * (size_t)rows);
@@ -398,7 +398,7 @@ void flatlora_cross_term(const void *weight, int64_t rows, int64_t columns, int3
             for (int k = 0; k < some; k++) load(format, weight, (i + k) * columns + first, w[k], n);
             const float *factors = left + i * rank;
             if (some < GROUP) factors = memcpy(last, factors, sizeof(float) * (size_t)(some * rank));
-            cross_chunk((const float(*)[CHUNK])w, whole, factors, rank, padded, CHUNK, out + i, some);
+            norm_chunk((const float(*)[CHUNK])w, whole, factors, rank, padded, out + i, some);
         }
     }
 }

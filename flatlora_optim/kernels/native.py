@@ -137,17 +137,17 @@ def restore(
         raise
 
 
-def cross_term(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def norm_increase(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
     rank = len(right)
     if rank > _LARGEST_RANK or matrix.dtype not in _FORMATS or not matrix.is_contiguous():
-        return plain.cross_term(matrix, left, right)
+        return plain.norm_increase(matrix, left, right)
     left, right = left.contiguous(), right.contiguous()
     out = torch.empty(len(matrix), dtype=torch.float32, device=matrix.device)
 
     def compute(rows: slice) -> None:
         part = matrix[rows]
         padded = scratch("padded", ((rank + _GROUP) * _CHUNK + _GROUP * rank,), torch.float32, out.device)
-        _loaded().flatlora_cross_term(
+        _loaded().flatlora_norm_increase(
             part.data_ptr(),
             *part.shape,
             _FORMATS[part.dtype],
@@ -308,9 +308,9 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     two = library.flatlora_perturb, library.flatlora_restore
     for function in two:
         function.argtypes = (pointer, size, number, pointer, pointer, pointer)
-    cross = pointer, size, size, number, pointer, pointer, size, pointer, pointer
-    library.flatlora_cross_term.argtypes = cross
-    for function in (*two, library.flatlora_fill, library.flatlora_cross_term):
+    norm_increase = pointer, size, size, number, pointer, pointer, size, pointer, pointer
+    library.flatlora_norm_increase.argtypes = norm_increase
+    for function in (*two, library.flatlora_fill, library.flatlora_norm_increase):
         function.restype = None
     return library
 

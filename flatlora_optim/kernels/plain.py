@@ -82,14 +82,19 @@ def _write(part: Tensor, values: Tensor, note: Callable[[], object]) -> None:
         raise
 
 
-def cross_term(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def norm_increase(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
     out = torch.empty(len(matrix), dtype=torch.float32, device=matrix.device)
     for rows in row_chunks(matrix):
         part = matrix[rows]
         if part.dtype != torch.float32:
             part = scratch("values", part.shape, torch.float32, part.device).copy_(part)
-        out[rows] = (torch.mm(part, right.T) * left[rows]).sum(1)
+        out[rows] = increase_of_projected(torch.mm(part, right.T), left[rows], right)
     return out
+
+
+def increase_of_projected(projected: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``norm_increase`` of a matrix whose product with ``right.T`` is known."""
+    return ((2 * projected + left @ (right @ right.T)) * left).sum(1)
 
 
 def row_chunks(matrix: Tensor) -> list[slice]:

@@ -279,9 +279,9 @@ def _run_on_block(
     _run(part, launch, note)
 
 
-def cross_term(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def norm_increase(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if len(right) > _LARGEST_RANK:
-        return plain.cross_term(matrix, left, right)
+        return plain.norm_increase(matrix, left, right)
     rows, columns = matrix.shape
     out = torch.empty(rows, dtype=torch.float32, device=matrix.device)
     rank = right.shape[0]
@@ -301,7 +301,7 @@ def cross_term(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
             ROWS=64,
             COLUMNS=64,
         )
-    return out
+    return 2 * out + ((left @ (right @ right.T)) * left).sum(1)
 
 
 # Contracting `z * scale + w` into one rounding would make the restore miss other elements than
