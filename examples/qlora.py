@@ -92,7 +92,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dataset", help="hub name[:config] with `question` and `answer` (default: sums)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--sigma", type=float, default=0.05)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=16)
