@@ -40,7 +40,7 @@ test: $(VENV)/.dev  ## Run the test suite
 
 OLDEST ?= .venv-oldest
 OLDEST_TESTS := $(patsubst %,tests/test_%.py,exactness noise optimizer targets checkpoint bad_input state_machine \
-	virtual quantized schedules landscape kernels table docstrings)
+	virtual quantized schedules landscape kernels native table docstrings)
 
 $(OLDEST)/.made: constraints-oldest.txt pyproject.toml
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

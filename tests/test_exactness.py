@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 import flatlora_optim
 from flatlora_optim import FlatLoRAOptimizer
+from flatlora_optim.kernels import journal as journals
+from flatlora_optim.kernels.journal import Journal, narrowed
 from helpers import OwnLoRA, fingerprint, flatlora, int_view, lora_convnet, lora_gpt2, lora_mlp, trainable
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -154,6 +157,70 @@ def test_the_journal_is_small_and_freed(dtype: torch.dtype, bytes_per_element: f
     assert optimizer.memory() == 0
 
 
+@given(
+    size=st.sampled_from([0, 1, 999, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, 3 << 16, 200_000]),
+    dtype=st.sampled_from([torch.int16, torch.int32, torch.int64]),
+    missed=st.sampled_from([0.0, 0.05, 1.0]),
+    far=st.booleans(),
+    has_numpy=st.booleans(),
+)
+def test_a_journal_corrects_any_bits_at_its_price(
+    size: int, dtype: torch.dtype, missed: float, far: bool, has_numpy: bool
+) -> None:
+    info = torch.iinfo(dtype)
+    largest = info.max if far else (1 << 15) - 1
+    original = torch.randint(info.min, info.max, (size,), dtype=dtype)
+    wrong = torch.rand(size) < missed
+    found = torch.where(wrong, original - torch.randint(1, largest, (size,), dtype=dtype), original)
+    # The default device has no part in it.
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journals, "_HAS_NUMPY", has_numpy)
+        journal = Journal.of(original, found.clone())
+        journal.correct(found)
+    assert torch.equal(found, original)
+    segments = -(-size // (1 << 16))
+    per_entry = 2 + journal.corrections.element_size()
+    assert per_entry == 4 or (far and dtype != torch.int16)
+    assert journal.nbytes == per_entry * int(wrong.sum()) + (8 * (segments + 1) if segments > 1 else 0)
+
+
+WITHOUT_NUMPY = """
+import sys
+sys.modules["numpy"] = None
+import torch
+from flatlora_optim import FlatLoRAOptimizer, register
+layer = torch.nn.Linear(300, 300).requires_grad_(False)
+layer.a, layer.b = torch.nn.Parameter(torch.randn(2, 300)), torch.nn.Parameter(torch.randn(300, 2))
+register(layer, lora_A="a", lora_B="b")
+base = torch.optim.SGD([layer.a, layer.b], lr=0.1)
+optimizer = FlatLoRAOptimizer(base, layer, sigma=0.1, schedule="constant")
+before = layer.weight.clone()
+with optimizer.perturbed():
+    print(optimizer.memory())
+assert torch.equal(layer.weight, before)
+"""
+
+
+def test_numpy_is_not_needed() -> None:
+    command, environment = [sys.executable, "-c", WITHOUT_NUMPY], os.environ | {"FLATLORA_NATIVE": "0"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("corrections", "fit"),
+    [([-(1 << 15), (1 << 15) - 1], True), ([1 << 15, 0], False), ([-(1 << 15) - 1, 0], False)],
+)
+def test_corrections_are_kept_in_16_bits_if_all_fit(
+    corrections: list[int], fit: bool, dtype: torch.dtype
+) -> None:
+    kept = narrowed(torch.tensor(corrections, dtype=dtype))
+    assert kept.dtype == (torch.int16 if fit else dtype)
+    assert kept.tolist() == corrections
+
+
 def test_a_snapshot_costs_the_weight() -> None:
     layer = typical_layer(torch.bfloat16)
     optimizer = flatlora(layer, restore="snapshot")
@@ -177,6 +244,8 @@ def test_subtract_holds_nothing_and_drifts_in_the_low_bits(dtype: torch.dtype) -
 PEAK_MEMORY = """
 import resource, sys, torch
 from flatlora_optim import FlatLoRAOptimizer
+from flatlora_optim.kernels import journal as journals
+from flatlora_optim.kernels.journal import Journal, narrowed
 from helpers import OwnLoRA
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -208,6 +208,17 @@ def test_autograd_sees_that_the_weight_was_written(block: tuple[Tensor, Noise]) 
         loss.backward()
 
 
+@needs_compiler
+def test_gaussian_noise_is_made_while_it_is_added(
+    block: tuple[Tensor, Noise], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, noise = block
+    expected = plain.rounded_sum(weight, noise.block(0, 40)).clone()
+    for owner, slow in ((plain, "perturb"), (GaussianNoise, "block")):
+        monkeypatch.setattr(owner, slow, lambda *_, **__: pytest.fail("was made block by block"))
+    assert torch.equal(noise.add_to(weight), expected)
+
+
 # ---------------------------------------------------------------------- with and without a compiler
 
 

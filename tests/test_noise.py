@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from flatlora_optim import FlatLoRAOptimizer
-from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey
+from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey, _mix32, _mix64
+from flatlora_optim.scales import row_scales
+from flatlora_optim.weights import FrozenWeight
 from helpers import (
     ConvNet,
     OwnLoRA,
@@ -172,6 +175,30 @@ def test_the_strength_follows_new_base_weights() -> None:
         torch.testing.assert_close(eps[:, 0], expected[name], rtol=1e-4, atol=0)
 
 
+def test_norms_of_frozen_weights_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[str] = []
+    row_norms_squared = FrozenWeight.row_norms_squared
+
+    def noted(weight: FrozenWeight) -> Tensor:
+        computed.append(weight.kind)
+        return row_norms_squared(weight)
+
+    monkeypatch.setattr(FrozenWeight, "row_norms_squared", noted)
+    model = lora_mlp()
+    optimizer = flatlora(model)
+    for _ in range(3):
+        with optimizer.perturbed(), optimizer.clean():
+            pass
+        optimizer.step()
+    assert computed == ["dense", "dense"]
+
+
+@pytest.mark.parametrize(("columns", "scale"), [(0, 0.6), (1, 0.6), (4, 0.3)])
+def test_rows_that_are_not_finite_have_no_scale(columns: int, scale: float) -> None:
+    norms = torch.tensor([2.0, math.nan, math.inf, 0.0])
+    torch.testing.assert_close(row_scales(norms, 0.3, columns), torch.tensor([scale, 0, 0, 0]))
+
+
 # ---------------------------------------------------------------------- distribution
 
 ROWS, COLUMNS = 96, 512
@@ -291,6 +318,43 @@ def test_blocks_may_be_made_in_any_order() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("rows", "row_size", "device", "blocks"),
+    [
+        (12, 80_000, "cpu", 4),
+        (12, 16 * 80_000, "cuda", 4),
+        (300_000, 1, "cpu", 2),
+        (5, 300_000, "cpu", 5),
+        (4, 0, "cpu", 1),
+    ],
+)
+def test_blocks_hold_as_many_whole_rows_as_fit(rows: int, row_size: int, device: str, blocks: int) -> None:
+    """Seeds are counted by block: other blocks are other noise."""
+    assert Grid(rows, row_size, device).blocks == blocks
+
+
+@pytest.mark.parametrize(
+    ("threads", "at_once", "parts"), [(1, 1, 4), (1, 2, 2), (1, 9, 1), (2, 9, 2), (3, 2, 4), (5, 2, 4)]
+)
+def test_there_is_work_for_each_thread(
+    threads: int, at_once: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = Noise(GaussianNoise(), NoiseKey(0, 0), Grid(12, 80_000, "cpu"), torch.ones(12))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert len(noise.parts(12, at_once)) == parts
+
+
+def test_blocks_go_to_the_package_s_own_threads() -> None:
+    noise = Noise(GaussianNoise(), NoiseKey(0, 0), Grid(12, 80_000, "cpu"), torch.ones(12))
+    before, workers = torch.get_num_threads(), set()
+    torch.set_num_threads(2)
+    try:
+        noise.for_each_part(lambda lo, hi: workers.add(threading.current_thread()), noise.parts(12, 1))
+    finally:
+        torch.set_num_threads(before)
+    assert threading.current_thread() not in workers
+
+
 def test_the_number_of_threads_does_not_matter() -> None:
     def run(threads: int) -> Tensor:
         before = torch.get_num_threads()
@@ -310,6 +374,33 @@ def test_the_number_of_threads_does_not_matter() -> None:
 
 
 KEYS = st.builds(NoiseKey, st.integers(-(2**80), 2**80), st.integers(0, 2**40), st.integers(0, 2**16))
+
+
+def test_hashes_are_the_published_ones() -> None:
+    """Of SplitMix64, seeded with 1234567, and of MurmurHash3 for an empty key."""
+    states = [1234567 + i * 0x9E3779B97F4A7C15 for i in range(5)]
+    assert [_mix64(state) for state in states] == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert [_mix32(seed) for seed in (0, 1, 0xFFFFFFFF)] == [0, 0x514E28B7, 0x81F16F39]
+
+
+@pytest.mark.parametrize(
+    ("key", "block", "seed"),
+    [
+        (NoiseKey(0, 0), 0, 4226243123),
+        (NoiseKey(42, 1000, 3), 7, 893646130),
+        (NoiseKey(-(2**70) - 5, 12345, 2), 70_000, 1347487469),
+        (NoiseKey(2**40 + 1, 2**33, 2**16 - 1), 2**32 - 1, 2811003226),
+    ],
+)
+def test_seeds_are_those_of_earlier_releases(key: NoiseKey, block: int, seed: int) -> None:
+    """A resumed run goes on with the noise it would have had."""
+    assert key.block_seed(block) == seed
 
 
 @given(KEYS, st.integers(0, 2**32 - 5000))
