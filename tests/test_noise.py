@@ -95,13 +95,24 @@ def two_adapters() -> nn.Module:
 
 
 def of_another_type(config: Any) -> nn.Module:
-    model = get_peft_model(ConvNet() if "conv2" in config.target_modules else TinyLM(), config)
+    plain = ConvNet() if "conv2" in config.target_modules else TinyLM()
+    if getattr(config, "fan_in_fan_out", False):
+        plain.mix = Conv1D(8, 8)
+    model = get_peft_model(plain, config)
     with torch.no_grad():
         for parameter in trainable(model):
             parameter.normal_(std=0.3)
     return model
 
 
+ADALORA: dict[str, Any] = {
+    "target_modules": ["mix"],
+    "init_r": 3,
+    "target_r": 2,
+    "total_step": 10,
+    "tinit": 1,
+    "tfinal": 1,
+}
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear": lora_mlp,
     "rslora": lambda: lora_mlp(use_rslora=True, r=4),
@@ -113,9 +124,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "conv1d": lora_gpt2,
     "embedding": lora_lm,
     "tied embedding": lambda: lora_lm(tied=True),
-    "adalora": lambda: of_another_type(
-        AdaLoraConfig(target_modules=["mix"], init_r=3, target_r=2, total_step=10, tinit=1, tfinal=1)
-    ),
+    "adalora": lambda: of_another_type(AdaLoraConfig(**ADALORA)),
+    "adalora conv1d": lambda: of_another_type(AdaLoraConfig(**ADALORA, fan_in_fan_out=True)),
     "loha": lambda: of_another_type(LoHaConfig(target_modules=["mix"], r=2, alpha=3)),
     "loha conv2d": lambda: of_another_type(LoHaConfig(target_modules=["conv2", "head"], r=2, alpha=3)),
     "lokr": lambda: of_another_type(LoKrConfig(target_modules=["mix", "lm_head"], r=2, alpha=3)),
@@ -153,6 +163,16 @@ def test_the_strength_is_computed_in_float32_for_half_weights(dtype: torch.dtype
     eps = layer.weight.double() - weight.double()
     merged = weight.double() + 1.5 * layer.lora_B.double() @ layer.lora_A.double()
     torch.testing.assert_close(eps.norm(dim=1), merged.norm(dim=1), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("name", ["linear", "adalora", "loha"])
+def test_the_strength_is_the_same_under_autocast(name: str) -> None:
+    model, strengths = MODELS[name](), []
+    for enabled in (False, True):
+        optimizer = flatlora(model)
+        with torch.autocast("cpu", enabled=enabled), optimizer.perturbed():
+            strengths.append(optimizer.metrics()["noise_norm"])
+    assert strengths[0] == strengths[1] > 0
 
 
 def test_the_strength_follows_new_base_weights() -> None:
@@ -344,15 +364,32 @@ def test_there_is_work_for_each_thread(
     assert len(noise.parts(12, at_once)) == parts
 
 
-def test_blocks_go_to_the_package_s_own_threads() -> None:
-    noise = Noise(GaussianNoise(), NoiseKey(0, 0), Grid(12, 80_000, "cpu"), torch.ones(12))
-    before, workers = torch.get_num_threads(), set()
+def test_the_share_of_the_noise_that_rounding_takes_away() -> None:
+    weight = torch.ones(8, 2, 3, dtype=torch.bfloat16)
+    scales = torch.tensor([100.0, 100, 1e-6, 1e-6, 1e-6, 1e-6, 0, 0])
+    noise = Noise(GaussianNoise(), NoiseKey(0, 0), Grid(8, 6, "cpu"), scales)
+    assert noise.share_lost(weight, 1.0) == pytest.approx(4 / 6)
+    assert noise.share_lost(weight, 1e8) == 0
+    assert noise.share_lost(weight, 0.0) == 0
+    assert noise.share_lost(weight[:0], 1.0) == 0
+    of_one = Noise(GaussianNoise(), NoiseKey(0, 0), Grid(1, 1, "cpu"), scales[2:3])
+    assert of_one.share_lost(weight[:1, 0, :1], 1.0) == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_blocks_on_the_cpu_go_to_threads_and_others_one_by_one(device: str) -> None:
+    scales = torch.ones(12, device=device)
+    noise = Noise(GaussianNoise(), NoiseKey(0, 0), Grid(12, 80_000, "cpu"), scales)
+    parts, visits = noise.parts(12, 1), []
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        noise.for_each_part(lambda lo, hi: workers.add(threading.current_thread()), noise.parts(12, 1))
+        noise.for_each_part(lambda *part: visits.append((part, threading.current_thread())), parts)
     finally:
         torch.set_num_threads(before)
-    assert threading.current_thread() not in workers
+    visited, threads = zip(*visits, strict=True)
+    assert sorted(visited) == parts
+    assert (threading.current_thread() in threads) == (device == "meta")
 
 
 def test_the_number_of_threads_does_not_matter() -> None:
