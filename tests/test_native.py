@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from flatlora_optim.kernels import Kernels, native, plain
+from flatlora_optim.kernels import Kernels, kernels_of, native, plain
 from flatlora_optim.kernels.journal import Journal
 from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey, NoiseSource
 from flatlora_optim.table import NoiseTable
@@ -239,6 +239,13 @@ def test_the_library_is_built_once(fresh_build: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(native.subprocess, "run", lambda *_, **__: pytest.fail("was built again"))
     assert native.is_available()
     assert kept.exists()
+
+
+@needs_compiler
+def test_the_library_is_built_with_the_optimizer(fresh_build: Path) -> None:
+    kernels_of.cache_clear()
+    flatlora(lora_mlp())
+    assert list((fresh_build / "cache" / "flatlora_optim").iterdir())
 
 
 @needs_compiler

@@ -7,6 +7,7 @@ import gc
 import io
 import math
 import pickle
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -416,6 +417,15 @@ def test_metrics_report_the_current_step(model: nn.Module) -> None:
     assert metrics["seconds"] > 0
 
 
+def test_seconds_count_all_that_is_done_for_the_noise(optimizer: FlatLoRAOptimizer) -> None:
+    start, seconds = time.perf_counter(), [optimizer.metrics()["seconds"]]
+    for call in (optimizer.perturb, optimizer.restore, optimizer.perturb):  # the last draws nothing
+        call()
+        seconds.append(optimizer.metrics()["seconds"])
+    assert seconds == sorted(set(seconds))
+    assert seconds[-1] < time.perf_counter() - start
+
+
 # ---------------------------------------------------------------------- clean observers
 
 
@@ -683,6 +693,19 @@ def test_a_weight_that_somebody_else_wrote_is_left_to_them(
     assert not optimizer.is_perturbed
     optimizer.step()  # goes on as soon as the user has dealt with it
     assert optimizer.step_count == 1
+
+
+@pytest.mark.parametrize("changed", [3, 4])
+def test_at_most_three_changed_weights_are_named(changed: int) -> None:
+    optimizer = flatlora(Checkpointed(None))
+    optimizer.perturb()
+    for target in optimizer.targets[:changed]:
+        target.owner.weight.data += 1
+    names = ", ".join(target.name for target in optimizer.targets[:3])
+    with pytest.raises(
+        WeightChangedError, match=f"weight of {names}{' …' if changed > 3 else ''} was written"
+    ):
+        optimizer.restore()
 
 
 def test_merging_an_adapter_that_is_still_zero_is_noticed(model: nn.Module) -> None:

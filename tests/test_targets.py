@@ -228,6 +228,14 @@ def test_an_adapter_that_is_switched_off_gets_no_noise() -> None:
         assert changed_weights(model, before) == {f"{FC1}.base_layer.weight", f"{FC2}.base_layer.weight"}
 
 
+def test_a_registered_adapter_that_is_switched_off_gets_no_noise() -> None:
+    layer = OwnLoRA(torch.randn(4, 5))
+    layer.disable_adapters = True
+    before = fingerprint(layer)
+    with flatlora(layer).perturbed():
+        assert not changed_weights(layer, before)
+
+
 @pytest.mark.parametrize("targets", [("embed", "lm_head"), ("embed",), ("lm_head",)])
 def test_a_tied_weight_is_perturbed_once(targets: tuple[str, ...]) -> None:
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flatlora_optim import FlatLoRAOptimizer
 from helpers import OwnLoRA, flatlora, int_view, lora_mlp, loss_of, mlp_batch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -150,3 +151,23 @@ def test_noise_that_is_rounded_away_is_told_once_with_the_number(
 def test_usual_noise_is_not_complained_about(dtype: torch.dtype, sigma: float) -> None:
     # Early in the schedule it is rounded away, and grows.
     assert not steps_of(dtype, sigma)
+
+
+def test_float32_is_not_advised_to_become_float32() -> None:
+    assert not steps_of(torch.float32, 1e-9)
+
+
+@pytest.mark.parametrize(("sigmas", "is_told"), [((0.0, 5e-4), True), ((0.1, 5e-4), False)])
+def test_what_is_lost_is_the_mean_over_the_weights_with_noise(
+    sigmas: tuple[float, float], is_told: bool
+) -> None:
+    layers = torch.nn.ModuleList(without_adapter((torch.randn(64, 64) * 0.02).bfloat16()) for _ in sigmas)
+    groups = [
+        {"params": [layer.lora_A, layer.lora_B], "sigma": sigma}
+        for layer, sigma in zip(layers, sigmas, strict=True)
+    ]
+    optimizer = FlatLoRAOptimizer(torch.optim.SGD(groups, lr=0.1), layers, sigma=0.1, schedule="constant")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.perturb()
+    assert any("rounds the noise away" in str(w.message) for w in caught) == is_told
