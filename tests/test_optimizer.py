@@ -989,3 +989,14 @@ def test_a_restore_that_failed_can_be_repeated(blocks: int) -> None:
     optimizer.step()
     assert not changed_weights(model, clean)
     assert optimizer.step_count == 1
+
+
+def test_a_perturb_that_failed_is_taken_back() -> None:
+    model, noise = lora_mlp(), SometimesOutOfMemory()
+    clean = fingerprint(model)
+    optimizer = flatlora(model, noise=noise, restore="snapshot")
+    noise.left = 1  # one of the two weights
+    with pytest.raises(MemoryError):
+        optimizer.perturb()
+    assert not optimizer.is_perturbed
+    assert not changed_weights(model, clean)
