@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.checkpoint import checkpoint
 
-from flatlora_optim import FlatLoRAOptimizer, GaussianNoise, WeightChangedError
+from flatlora_optim import FlatLoRAOptimizer, GaussianNoise, WeightChangedError, noisy_weights
 from flatlora_optim.noise import NoiseKey
 from helpers import (
     assert_equal_tensors,
@@ -1000,3 +1000,18 @@ def test_a_perturb_that_failed_is_taken_back() -> None:
         optimizer.perturb()
     assert not optimizer.is_perturbed
     assert not changed_weights(model, clean)
+
+
+def test_an_interrupt_delays_a_restore_but_does_not_prevent_it(
+    model: nn.Module, optimizer: FlatLoRAOptimizer, before: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(perturbations: Any) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    optimizer.perturb()
+    monkeypatch.setattr(noisy_weights, "remove_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.restore()
+    assert not optimizer.is_perturbed
+    assert not changed_weights(model, before)
