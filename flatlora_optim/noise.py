@@ -224,7 +224,7 @@ class Noise:
                 work(part)
 
     @torch.no_grad()
-    def share_lost(self, weight: Tensor, strength: float = 1.0) -> float:
+    def share_lost(self, weight: Tensor, strength: float) -> float:
         """The share of elements that ``strength`` times the noise leaves as they are, in one block.
 
         The sum is rounded to the weight's dtype, and small noise away with it.
