@@ -63,7 +63,7 @@ def main() -> None:
     packed = packed_bytes(model)
     untrained = copy.deepcopy(peft.get_peft_model_state_dict(model))
 
-    table = Table("method", *(f"right, {name}" for name in task.tests), "loss", "per step")
+    table = Table("right answers", *task.tests, "loss", "per step")
     table.add_row("before training", *scores(model, tokenizer, task, args, "before"))
     for method, sigma in (("QLoRA", 0.0), ("QLoRA + Flat-LoRA", args.sigma)):
         peft.set_peft_model_state_dict(model, untrained)
