@@ -15,12 +15,7 @@ from torch import Tensor
 
 from .kernels import kernels_for, kernels_of
 from .kernels.plain import rounded_sum
-from .parallel import for_each, scratch
-
-# Elements per block. On the CPU a block stays in a core's own cache while it is generated, added
-# and journaled; an accelerator wants few, large kernels instead.
-_CPU_BLOCK = 1 << 18
-_DEVICE_BLOCK = 1 << 22
+from .parallel import for_each, rows_at_once, scratch
 
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -103,8 +98,7 @@ class Grid(NamedTuple):
 
     @property
     def rows_per_block(self) -> int:
-        size = _CPU_BLOCK if self.device_type == "cpu" else _DEVICE_BLOCK
-        return max(1, size // max(1, self.row_size))
+        return rows_at_once(self.row_size, self.device_type)
 
     @property
     def blocks(self) -> int:

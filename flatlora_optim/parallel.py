@@ -103,6 +103,13 @@ def _become_worker(ready: threading.Barrier) -> None:
         ready.wait()
 
 
+def rows_at_once(row_size: int, device_type: str) -> int:
+    """How many rows to work on at a time: on the CPU they stay in a core's own cache meanwhile, and
+    an accelerator wants few, large kernels instead."""
+    elements = 1 << 18 if device_type == "cpu" else 1 << 22
+    return max(1, elements // max(1, row_size))
+
+
 def scratch(slot: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A buffer that this thread's next call with the same slot overwrites.
 

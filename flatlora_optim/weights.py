@@ -89,19 +89,18 @@ class FrozenWeight:
         return total
 
     def project(self, right: Tensor) -> Tensor:
-        """``W @ right.T`` for ``right`` of shape ``(r, columns)``: shape ``(rows, r)``."""
-        columns = self.grid().columns
-        out = torch.zeros(self.rows, right.shape[0], dtype=torch.float32, device=self.device)
+        """``W @ right.T`` for ``right`` of shape ``(r, columns)``: shape ``(rows, r)``.
+
+        For quantized weights, which are whole and not transposed.
+        """
+        out = torch.empty(self.rows, right.shape[0], dtype=torch.float32, device=self.device)
         for lo, hi, values in self.slices():
-            if self.row_dim == 0:
-                torch.mm(values, right[:, columns].T, out=out[lo:hi])
-            else:
-                out[columns].addmm_(values.T, right[:, lo:hi].T)
+            torch.mm(values, right.T, out=out[lo:hi])
         return out
 
     def norm_increase(self, left: Tensor, right: Tensor) -> Tensor:
         """``||(W + left @ right)[i, :]||^2 - ||W[i, :]||^2``, shape ``(rows,)``."""
-        return increase_of_projected(self.project(right), left, right[:, self.grid().columns])
+        return increase_of_projected(self.project(right), left, right)
 
     def row_dots(self, other: Tensor) -> Tensor:
         """``<W[i, :], other[i, :]>`` for ``other`` of the stored shape: shape ``(rows,)``."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..parallel import scratch
+from ..parallel import rows_at_once, scratch
 from .journal import Journal
 
 if TYPE_CHECKING:
@@ -98,7 +98,6 @@ def increase_of_projected(projected: Tensor, left: Tensor, right: Tensor) -> Ten
 
 
 def row_chunks(matrix: Tensor) -> list[slice]:
-    """Cuts a matrix into rows that stay in a core's cache, or that an accelerator takes at once."""
-    elements = 1 << 18 if matrix.device.type == "cpu" else 1 << 22
-    size = max(1, elements // max(1, matrix.shape[1]))
+    """Cuts a matrix into as many rows as are worked on at a time."""
+    size = rows_at_once(matrix.shape[1], matrix.device.type)
     return [slice(lo, lo + size) for lo in range(0, len(matrix), size)]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import flatlora_optim
 from flatlora_optim import FlatLoRAOptimizer
 from flatlora_optim.noise import GaussianNoise, NoiseKey
-from helpers import changed_weights, fingerprint, flatlora, lora_mlp, loss_of, mlp_batch, trainable
+from helpers import changed_weights, fingerprint, flatlora, lora_mlp, loss_of, mlp_batch, same, trainable
 
 PACKAGE = str(Path(flatlora_optim.__file__).parent)
 
@@ -161,10 +161,6 @@ class Run:
         for group in self.optimizer.param_groups:
             group["flatlora_step"] = 0
         self.optimizer.load_state_dict(self.optimizer.state_dict())
-
-
-def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 STRIDE = int(os.environ.get("FLATLORA_FAULT_STRIDE", "41"))

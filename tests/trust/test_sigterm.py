@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from helpers import changed_weights, fingerprint, flatlora, int_view, lora_gpt2, trainable
+from helpers import changed_weights, fingerprint, flatlora, int_view, lora_gpt2, same, trainable
 
 STEPS, SAVE_STEPS, STOPPED_AFTER = 6, 3, 4
 CASES = {"the process dies": 3, "a handler exits": 3, "transformers saves first": 4}
@@ -131,10 +131,6 @@ def check_saved(folder: Path, case: str, adapters: list[Tensor]) -> None:
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.numpy().tobytes()
-
-
-def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM that can be handled")
