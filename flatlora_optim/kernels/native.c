@@ -227,15 +227,11 @@ void flatlora_fill(float *out, int64_t numel, uint32_t seed) {
     }
 }
 
-static void add(int format, const float *w, const float *eps, void *to, int64_t at, int n) {
+/* W + sign * eps, rounded; the sign is 1 or -1. */
+static void rounded_sum(int format, const float *w, const float *eps, float sign, void *to, int64_t at,
+                        int n) {
     float total[TILE];
-    for (int i = 0; i < n; i++) total[i] = w[i] + eps[i];
-    round_to(format, total, w, to, at, n);
-}
-
-static void subtract(int format, const float *w, const float *eps, void *to, int64_t at, int n) {
-    float total[TILE];
-    for (int i = 0; i < n; i++) total[i] = w[i] - eps[i];
+    for (int i = 0; i < n; i++) total[i] = w[i] + sign * eps[i];
     round_to(format, total, w, to, at, n);
 }
 
@@ -310,10 +306,10 @@ void flatlora_perturb(void *weight, int64_t numel, int32_t format, const Noise *
         make_noise(noise, at, n, eps);
         load(format, weight, at, w, n);
         if (journal) memcpy(right, (char *)weight + (size_t)at * width, (size_t)n * width);
-        add(format, w, eps, weight, at, n);
+        rounded_sum(format, w, eps, 1.0f, weight, at, n);
         if (journal) {
             load(format, weight, at, w, n);
-            subtract(format, w, eps, back, 0, n);
+            rounded_sum(format, w, eps, -1.0f, back, 0, n);
             if (at % SEGMENT == 0) journal->starts[at / SEGMENT] = entries;
             entries = record(format, right, back, at, n, entries, journal);
         }
@@ -334,7 +330,7 @@ void flatlora_restore(void *weight, int64_t numel, int32_t format, const Noise *
         int n = piece(noise, at, numel);
         make_noise(noise, at, n, eps);
         load(format, weight, at, w, n);
-        subtract(format, w, eps, weight, at, n);
+        rounded_sum(format, w, eps, -1.0f, weight, at, n);
         at += n;
     }
     if (journal) correct(weight, numel, format, journal);
