@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import sharding
 from .noisy_weights import NoisyWeights
-from .perturbation import Perturbation
+from .perturbation import Perturbation, remove_all
 
 if TYPE_CHECKING:
     from .optimizer import FlatLoRAOptimizer
@@ -227,6 +227,5 @@ def release(perturbations: Sequence[Perturbation], handles: list[RemovableHandle
         handle.remove()
     for perturbation in perturbations:
         if perturbation.changed()():
-            perturbation.abandon()
-        else:
-            perturbation.remove()
+            perturbation.forget()
+    remove_all(perturbations)

@@ -7,15 +7,16 @@ weight, and give the same numbers. The global generators are never touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .kernels import kernels_for, kernels_of
+from . import kernels
 from .kernels.plain import rounded_sum
-from .parallel import for_each, rows_at_once, scratch
+from .parallel import rows_at_once, scratch
 
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -44,17 +45,30 @@ class NoiseKey(NamedTuple):
     replica: int = 0
 
     def block_seed(self, block: int) -> int:
-        """A 32-bit seed for one block.
+        """A 32-bit seed for one block."""
+        return self.block_seeds([block])[0]
+
+    def block_seeds(self, blocks: Iterable[int]) -> list[int]:
+        """One for each.
 
         torch's CPU generator keeps only 32 bits of a seed, so hashed seeds would collide within
         a step on large models. A keyed permutation of the block number cannot.
         """
-        key = _mix64(_mix64(_mix64(self.seed & _MASK64) ^ self.step) ^ self.replica)
-        return _mix32(_mix32((block ^ key) & _MASK32) ^ (key >> 32))
+        key = _hash(self)
+        return [_mix32(_mix32((block ^ key) & _MASK32) ^ (key >> 32)) for block in blocks]
+
+
+@functools.lru_cache(maxsize=8)  # a step has one key, for many weights
+def _hash(key: NoiseKey) -> int:
+    return _mix64(_mix64(_mix64(key.seed & _MASK64) ^ key.step) ^ key.replica)
 
 
 class NoiseSource(Protocol):
-    """Where standard-normal numbers come from."""
+    """Where standard-normal numbers come from.
+
+    Native and Triton kernels know the sources of this package; the noise of others is added by torch
+    operations.
+    """
 
     def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
         """The numbers of one block: the same for the same key and number, whoever asks.
@@ -74,7 +88,7 @@ class GaussianNoise:
     """Independent Gaussian noise for every element and step (the paper's)."""
 
     def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
-        return kernels_of(out.device).fill(out, key.block_seed(number))
+        return kernels.kernels_of(out.device).fill(out, key.block_seed(number))
 
 
 class Grid(NamedTuple):
@@ -152,33 +166,36 @@ class Noise:
         """Whether kernels can make a block's numbers too, from its seed."""
         return type(self.source) is GaussianNoise  # a subclass may make other numbers
 
-    def recipe(self, lo: int, hi: int) -> tuple[Tensor, list[int], int]:
-        """What kernels need to make ``eps`` of local rows ``[lo, hi)``.
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether kernels find the numbers in memory, as ``places`` tells them."""
+        from .table import NoiseTable  # which needs this module
 
-        Returns:
-            The scales of the rows, the seeds of the blocks that hold them, and the place of the
-            first element in the first block.
-        """
-        numbers, skip = self._place(lo, hi)
-        seeds = [self.key.block_seed(number) for number in numbers]
-        return self._scales(lo, hi), seeds, skip * self.grid.row_size
+        return type(self.source) is NoiseTable  # a subclass may make other numbers
 
-    def standard_blocks(self, lo: int, hi: int) -> list[Tensor]:
-        """``z`` of the whole blocks that hold local rows ``[lo, hi)``, maybe in scratch memory.
+    def seeds(self, lo: int, hi: int) -> list[int]:
+        """Those of the blocks that hold local rows ``[lo, hi)``, for kernels that make the numbers."""
+        return self.key.block_seeds(self._place(lo, hi)[0])
 
-        Each is 2-D, contiguous and float32.
-        """
+    def offset(self, lo: int) -> int:
+        """The place of the first element of local row ``lo`` in its block."""
+        return self._place(lo, lo + 1)[1] * self.grid.row_size
+
+    def places(self, lo: int, hi: int) -> tuple[Tensor, list[int]]:
+        """A table that has the numbers of these blocks, flat and float32, and where each begins."""
         numbers, _ = self._place(lo, hi)
-        memory = self._memory(numbers).split(self.grid.rows_per_block)
-        return [self.source.block(self.key, *item) for item in zip(numbers, memory, strict=True)]
+        sizes = [self._rows_of(number) * self.grid.row_size for number in numbers]
+        table, starts = self.source.places(self.key, numbers, sizes, self.scales.device)  # type: ignore[attr-defined]
+        return table, starts
 
     def block(self, lo: int, hi: int) -> Tensor:
         """``eps`` of local rows ``[lo, hi)`` within one block, 2-D float32, in scratch memory."""
-        numbers, skip = self._place(lo, hi)
-        out = self._memory(numbers)
+        (number, *_), skip = self._place(lo, hi)
+        shape = self._rows_of(number), self.grid.row_size
+        out = scratch("z", shape, torch.float32, self.scales.device)
         ours = slice(skip, skip + hi - lo), self.grid.columns
-        scales = self._scales(lo, hi)
-        z = self.source.block(self.key, numbers[0], out)
+        scales = self.scales_of(lo, hi)
+        z = self.source.block(self.key, number, out)
         return torch.mul(z[ours], scales[:, None] if self.row_dim == 0 else scales, out=out[ours])
 
     def _place(self, lo: int, hi: int) -> tuple[range, int]:
@@ -188,34 +205,16 @@ class Noise:
         end = -(-(hi + grid.first_row) // size)
         return range(grid.first_block + first, grid.first_block + end), skip
 
-    def _memory(self, numbers: range) -> Tensor:
-        """For whole blocks."""
-        grid = self.grid
-        bounds = ((number - grid.first_block) * grid.rows_per_block for number in (numbers[0], numbers.stop))
-        first, end = (min(row, grid.rows) for row in bounds)
-        return scratch("z", (end - first, grid.row_size), torch.float32, self.scales.device)
+    def _rows_of(self, number: int) -> int:
+        """How many rows the block has."""
+        size = self.grid.rows_per_block
+        return min(size, self.grid.rows - (number - self.grid.first_block) * size)
 
-    def _scales(self, lo: int, hi: int) -> Tensor:
+    def scales_of(self, lo: int, hi: int) -> Tensor:
+        """Of local rows ``[lo, hi)``, or of the local columns where the scales run along them."""
         if self.row_dim == 0:
             return self.scales[self.grid.first_row + lo : self.grid.first_row + hi]
         return self.scales[self.grid.columns]
-
-    def parts(self, local_rows: int, blocks_at_once: int) -> list[tuple[int, int]]:
-        """Cuts local rows into spans of at most so many blocks, but leaves something to each thread."""
-        share = self.grid.blocks // torch.get_num_threads()
-        return self.grid.spans(local_rows, max(1, min(blocks_at_once, share)))
-
-    def for_each_part(self, visit: Callable[[int, int], object], parts: list[tuple[int, int]]) -> None:
-        """Calls ``visit(lo, hi)`` for each span; on the CPU from several threads."""
-
-        def work(part: tuple[int, int]) -> None:
-            visit(*part)
-
-        if self.scales.device.type == "cpu":
-            for_each(work, parts)
-        else:
-            for part in parts:
-                work(part)
 
     @torch.no_grad()
     def share_lost(self, weight: Tensor, strength: float) -> float:
@@ -236,10 +235,5 @@ class Noise:
     @torch.no_grad()
     def add_to(self, weight: Tensor) -> Tensor:
         """Adds the noise in place, in float32, rounding once to the weight's dtype."""
-        kernels = kernels_for(self, weight)
-
-        def add(lo: int, hi: int) -> None:
-            kernels.perturb(weight[lo:hi], self, lo, hi, journal=False, note=lambda journal: None)
-
-        self.for_each_part(add, self.parts(weight.shape[0], kernels.blocks_at_once))
+        kernels.perturb(kernels.parts_of(weight, self))
         return weight

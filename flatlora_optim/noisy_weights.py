@@ -22,17 +22,16 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from . import sharding
 from .adapters import Target
-from .kernels import kernels_of
+from .kernels import kernels_for, kernels_of
 from .noise import Noise, NoiseKey, NoiseSource
 from .perturbation import (
     Perturbation,
     VirtualPerturbation,
     WeightChangedError,
     apply_all,
-    for_each_weight,
     remove_all,
 )
-from .scales import RowNorms, row_scales
+from .scales import RowNorms, merged_norms, row_scales
 from .sharding import local_part
 from .weights import DenseWeight
 
@@ -65,6 +64,16 @@ class NoisyWeights:
     def targets(self) -> list[Target]:
         return [perturbation.target for perturbation in self.perturbations]
 
+    def makers(self, source: NoiseSource) -> list[str]:
+        """The names of the kernels that make noise of this source."""
+        names = set()
+        for target in self.targets:
+            weight = target.weight
+            scales = torch.empty(0, device=weight.device)
+            part = local_part(weight.tensor) if isinstance(weight, DenseWeight) else scales
+            names.add(kernels_for(target.noise(source, NoiseKey(0, 0), scales), part).name)
+        return sorted(names)
+
     @property
     def is_suspended(self) -> bool:
         return self._suspension is not None
@@ -72,17 +81,15 @@ class NoisyWeights:
     @torch.no_grad()
     def draw(self, source: NoiseSource, key: NoiseKey, sigmas: Sequence[float]) -> list[Noise | None]:
         """One noise for each weight: None for sigma 0, without an active adapter, or while merged."""
+        # A merged layer trains nothing, and its weight is W' already.
+        targets = self.targets
+        chosen = [i for i, target in enumerate(targets) if sigmas[i] > 0 and not target.merged]
+        norms = merged_norms([self.norms[i] for i in chosen])
         noises: list[Noise | None] = [None] * len(sigmas)
-
-        def draw_one(i: int) -> None:
-            target, sigma = self.targets[i], sigmas[i]
-            # A merged layer trains nothing, and its weight is W' already.
-            norms = self.norms[i].merged() if sigma > 0 and not target.merged else None
-            if norms is not None:
-                scales = row_scales(norms, sigma, target.weight.columns)
-                noises[i] = target.noise(source, key, scales)
-
-        for_each_weight(draw_one, range(len(sigmas)), self.perturbations)
+        for i, norm in zip(chosen, norms, strict=True):
+            if norm is not None:
+                scales = row_scales(norm, sigmas[i], targets[i].weight.columns)
+                noises[i] = targets[i].noise(source, key, scales)
         return noises
 
     def perturb(self, noises: Sequence[Noise | None]) -> None:
@@ -204,7 +211,7 @@ class NoisyWeights:
             checks = [(p, p.changed()) for p in self.perturbations]
             changed = [p for p, check in checks if check()]
             for perturbation in changed:
-                perturbation.abandon()
+                perturbation.forget()
             rewritten = [
                 n for p, n in zip(self.perturbations, self.norms, strict=True) if p.written() is not None
             ]

@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from . import checkpoint, hooks, sharding
 from .adapters import Target
 from .checkpoint import SIGMA
-from .kernels import kernels_of
 from .noise import GaussianNoise, Noise, NoiseKey, NoiseSource
 from .noisy_weights import NoisyWeights
 from .perturbation import RESTORE_MODES
@@ -375,8 +374,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         counts = Counter((p.target.weight.kind, p.mode) for p in self._weights.perturbations)
         lines = [f"  {n} {kind} weights: {how}" for (kind, how), n in sorted(counts.items())]
         lines += [f"  {len(self.skipped)} adapters skipped (see .skipped)"] if self.skipped else []
-        names = sorted({kernels_of(target.weight.device).name for target in self.targets})
-        lines += [f"  noise made by: {', '.join(names)}"]
+        lines += [f"  noise made by: {', '.join(self._weights.makers(self._source))}"]
         head = f"step {self.step_count} of {self.total_steps or '?'}, seed {self.seed}"
         body = "\n".join(lines)
         return f"{type(self).__name__} ({head}\n{body}\n  base: {self.base}\n)"

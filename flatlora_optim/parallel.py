@@ -1,8 +1,8 @@
-"""Running CPU work on several threads without oversubscribing torch's own.
+"""Running torch operations on several threads without oversubscribing torch's own.
 
 torch's generators fill a tensor on one thread, and its intra-op threads keep spinning for a
 while after each operation. So whole pieces of work go to threads of our own, whose operations
-stay on the thread they are called from.
+stay on the thread they are called from. (Native kernels need none of this: see ``kernels/native.py``.)
 """
 
 from __future__ import annotations

@@ -11,12 +11,17 @@ with s folded into B. The first term is constant and kept; the rest costs one pa
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .adapters import LowRank, Target
+from .weights import FrozenWeight
+
+_ELEMENTS_AT_ONCE = 1 << 24
 
 
 class RowNorms:
@@ -30,12 +35,12 @@ class RowNorms:
         self._base: Tensor | None = None
         self._of: tuple[Any, ...] | None = None
 
-    @torch.no_grad()
     def base_squared(self) -> Tensor:
         """``||W[i]||^2``, shape ``(m,)``; of a sharded weight, what the local part adds to it."""
         fingerprint = self.target.weight.fingerprint()
         if self._base is None or self._of != fingerprint:
-            self._base = self.target.weight.row_norms_squared()
+            with torch.no_grad():
+                self._base = self.target.weight.row_norms_squared()
             self._of = fingerprint
         return self._base
 
@@ -49,25 +54,64 @@ class RowNorms:
         if self._of is not None:
             self._of = self.target.weight.fingerprint()
 
-    @torch.no_grad()
-    def merged(self) -> Tensor | None:
-        """``||W'[i]||``, shape ``(m,)``, float32; None when no adapter is active."""
-        # The forward that brought us here may run under autocast; norms need float32.
-        with torch.autocast(self.target.weight.device.type, enabled=False):
-            delta = self.target.delta()
-            return None if delta is None else self._with(delta)
+    def with_increase(self, increase: Tensor) -> Tensor:
+        """``||W'[i]||``, where ``||W'[i]||^2`` is by so much more than ``||W[i]||^2``. Overwrites it."""
+        return _roots(self.target.weight.sum_over_parts(increase.add_(self.base_squared())))
 
-    def _with(self, delta: LowRank | Tensor) -> Tensor:
+    def with_delta(self, delta: Tensor) -> Tensor:
+        """``||W'[i]||``, where W' is by so much more than W. Of the stored shape."""
         weight = self.target.weight
-        base = self.base_squared()
+        products = delta.flatten(1).square().sum(1 if weight.row_dim == 0 else 0)
+        partial = self.base_squared() + 2 * weight.row_dots(delta)
+        return _roots(weight.sum_over_parts(partial) + products)
+
+
+def _roots(squared: Tensor) -> Tensor:
+    # Rounding can leave a vanishing row slightly below zero.
+    return squared.clamp_(min=0).sqrt_()
+
+
+@torch.no_grad()
+def merged_norms(rows: Sequence[RowNorms]) -> list[Tensor | None]:
+    """``||W'[i]||`` of each target, shape ``(m,)``, float32; None where no adapter is active.
+
+    Many weights are read at once, since few are large enough to keep all threads busy.
+    """
+    norms: list[Tensor | None] = []
+    with ExitStack() as stack:
+        for device in {each.target.weight.device.type for each in rows}:
+            # The forward that brought us here may run under autocast; norms need float32.
+            stack.enter_context(torch.autocast(device, enabled=False))
+        for some in _batches(rows):
+            norms += _norms_of_batch(some)
+    return norms
+
+
+def _norms_of_batch(rows: Sequence[RowNorms]) -> list[Tensor | None]:
+    norms: list[Tensor | None] = [None] * len(rows)
+    low_rank: dict[type[FrozenWeight], list[tuple[int, LowRank]]] = {}
+    for i, each in enumerate(rows):
+        delta = each.target.delta()
         if isinstance(delta, LowRank):
-            left, right = delta
-            squared = weight.sum_over_parts(base + weight.norm_increase(left, right))
-        else:
-            products = delta.flatten(1).square().sum(1 if weight.row_dim == 0 else 0)
-            squared = weight.sum_over_parts(base + 2 * weight.row_dots(delta)) + products
-        # Rounding can leave a vanishing row slightly below zero.
-        return squared.clamp_(min=0).sqrt_()
+            low_rank.setdefault(type(each.target.weight), []).append((i, delta))
+        elif delta is not None:
+            norms[i] = each.with_delta(delta)
+    for kind, found in low_rank.items():
+        indices, deltas = zip(*found, strict=True)
+        increases = kind.norm_increases([rows[i].target.weight for i in indices], deltas)
+        for i, increase in zip(indices, increases, strict=True):
+            norms[i] = rows[i].with_increase(increase)
+    return norms
+
+
+def _batches(rows: Sequence[RowNorms]) -> Iterator[Sequence[RowNorms]]:
+    """Runs of weights small enough that the adapters' values in float32 don't count."""
+    first = elements = 0
+    for end, each in enumerate(rows, start=1):
+        elements += each.target.weight.shape.numel()
+        if elements >= _ELEMENTS_AT_ONCE or end == len(rows):
+            yield rows[first:end]
+            first, elements = end, 0
 
 
 def row_scales(norms: Tensor, sigma: float, columns: int) -> Tensor:
@@ -76,4 +120,4 @@ def row_scales(norms: Tensor, sigma: float, columns: int) -> Tensor:
     A row whose norm is not finite (an adapter that has diverged) gets no noise: the model's own
     output shows the damage, and noise on top would only hide where it came from.
     """
-    return torch.nan_to_num(norms * (sigma / math.sqrt(max(1, columns))), nan=0.0, posinf=0.0)
+    return (norms * (sigma / math.sqrt(max(1, columns)))).nan_to_num_(nan=0.0, posinf=0.0)

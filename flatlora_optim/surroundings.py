@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import hooks
 from .adapters import Target
 from .noise import GaussianNoise, Noise, NoiseKey, NoiseSource
-from .perturbation import VirtualPerturbation, choose_perturbation, remove_all
-from .scales import RowNorms
+from .perturbation import VirtualPerturbation, apply_all, choose_perturbation, remove_all
+from .scales import RowNorms, merged_norms
 from .sharding import is_sharded
 from .targets import find_targets
 from .weights import DenseWeight
@@ -84,12 +84,14 @@ class Surroundings:
 
     @contextmanager
     def _noise_on(self, noises: list[Noise] | None) -> Iterator[None]:
+        # Without noise, quantized layers compute at W as they do at W + eps: bitsandbytes' own kernels
+        # may have another precision, which would look like an effect of the noise.
+        chosen: Sequence[Noise | None] = noises or [
+            zero if isinstance(perturbation, VirtualPerturbation) else None
+            for perturbation, zero in zip(self._perturbations, self._no_noise, strict=True)
+        ]
         try:
-            for perturbation, noise in zip(self._perturbations, noises or self._no_noise, strict=True):
-                # Quantized layers compute at W as they do at W + eps: bitsandbytes' own kernels
-                # may have another precision, which would look like an effect of the noise.
-                if noises or isinstance(perturbation, VirtualPerturbation):
-                    perturbation.apply(noise)
+            apply_all(self._perturbations, chosen)
             yield
         finally:
             remove_all(self._perturbations)
@@ -212,7 +214,7 @@ def _dense_tensors(targets: Iterable[Target]) -> Vector:
 
 
 def _merged_norms(target: Target) -> Tensor:
-    norms = RowNorms(target).merged()
+    (norms,) = merged_norms([RowNorms(target)])
     assert norms is not None
     return norms
 

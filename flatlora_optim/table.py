@@ -8,6 +8,7 @@ each perturbation from a random place in it.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,22 +41,38 @@ class NoiseTable:
             raise ValueError(f"the size of a noise table must be a positive multiple of 64, got {size}")
         self._size = size
         self._gaussian = GaussianNoise()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an interrupt may keep it from being released
         self._tables: dict[torch.device, tuple[NoiseKey, Tensor]] = {}
 
     def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
-        table = self._table(key, out.device)
-        places = (table.numel() - out.numel()) // _ALIGNMENT + 1
-        if places < 1:
-            raise ValueError(
-                f"a block of {out.numel()} elements does not fit into a noise table of "
-                f"{table.numel()}; pass noise=NoiseTable(size=...) with a larger size"
-            )
-        start = key.block_seed(number) % places * _ALIGNMENT
+        table, (start,) = self.places(key, [number], [out.numel()], out.device)
         return table[start : start + out.numel()].view(out.shape)
+
+    def places(
+        self, key: NoiseKey, numbers: Iterable[int], sizes: Sequence[int], device: torch.device
+    ) -> tuple[Tensor, list[int]]:
+        """The table as it stands at this step, and where the blocks of these sizes begin in it.
+
+        It is this step's until the numbers of another are asked for.
+        """
+        table = self._table(key, device)
+        if max(sizes) > (length := table.numel()):
+            raise ValueError(
+                f"a block of {max(sizes)} elements does not fit into a noise table of {length}; "
+                "pass noise=NoiseTable(size=...) with a larger size"
+            )
+        seeds = key.block_seeds(numbers)
+        starts = [
+            seed % ((length - size) // _ALIGNMENT + 1) * _ALIGNMENT
+            for seed, size in zip(seeds, sizes, strict=True)
+        ]
+        return table, starts
 
     def _table(self, key: NoiseKey, device: torch.device) -> Tensor:
         """The table as it stands at this step, whichever step was asked for before."""
+        known = self._tables.get(device)
+        if known is not None and known[0] == key:
+            return known[1]
         with self._lock:
             known = self._tables.get(device)
             if known is not None and known[0] == key:

@@ -8,18 +8,23 @@ before a layer of its own has been seen.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .kernels import kernels_of
-from .kernels.plain import increase_of_projected
+from .kernels.plain import Product, increase_of_projected
 from .noise import Grid
-from .parallel import scratch
 from .sharding import is_sharded, local_part, region, sum_over_parts
+
+W = TypeVar("W", bound="FrozenWeight")
+
+Factors = tuple[Tensor, Tensor]
+"""``left`` and ``right`` of a low-rank product, shapes ``(rows, r)`` and ``(r, columns)``, float32."""
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -98,9 +103,13 @@ class FrozenWeight:
             torch.mm(values, right.T, out=out[lo:hi])
         return out
 
-    def norm_increase(self, left: Tensor, right: Tensor) -> Tensor:
-        """``||(W + left @ right)[i, :]||^2 - ||W[i, :]||^2``, shape ``(rows,)``."""
-        return increase_of_projected(self.project(right), left, right)
+    @classmethod
+    def norm_increases(cls: type[W], weights: Sequence[W], factors: Sequence[Factors]) -> list[Tensor]:
+        """``||(W + left @ right)[i, :]||^2 - ||W[i, :]||^2`` of weights of this kind, shape ``(rows,)``."""
+        return [
+            increase_of_projected(weight.project(right), left, right)
+            for weight, (left, right) in zip(weights, factors, strict=True)
+        ]
 
     def row_dots(self, other: Tensor) -> Tensor:
         """``<W[i, :], other[i, :]>`` for ``other`` of the stored shape: shape ``(rows,)``."""
@@ -139,8 +148,9 @@ class DenseWeight(FrozenWeight):
 
     @property
     def tensor(self) -> Tensor:
-        tensor: Tensor = getattr(self.layer, self.name)
-        return tensor
+        # nn.Module's own lookup is slow, and this is asked for again and again.
+        tensor: Tensor | None = self.layer._parameters.get(self.name)
+        return getattr(self.layer, self.name) if tensor is None else tensor
 
     @property
     def shape(self) -> torch.Size:
@@ -160,26 +170,48 @@ class DenseWeight(FrozenWeight):
     def slices(self) -> Iterator[tuple[int, int, Tensor]]:
         local, grid = local_part(self.tensor), self.grid()
         for lo, hi in grid.spans(local.shape[0]):
-            part = local[lo:hi]
-            if part.dtype != torch.float32:
-                part = scratch("values", part.shape, torch.float32, part.device).copy_(part)
-            yield grid.first_row + lo, grid.first_row + hi, part.flatten(1)
+            yield grid.first_row + lo, grid.first_row + hi, local[lo:hi].float().flatten(1)
 
-    def norm_increase(self, left: Tensor, right: Tensor) -> Tensor:
-        local, grid = local_part(self.tensor.detach()).flatten(1), self.grid()
-        dims = slice(grid.first_row, grid.first_row + len(local)), grid.columns
-        rows, columns = reversed(dims) if self.row_dim else dims
-        matrix = local.T if self.row_dim else local
-        increase = kernels_of(self.device).norm_increase(matrix, left[rows], right[:, columns])
-        if len(increase) == self.rows:
-            return increase
+    @classmethod
+    def norm_increases(  # type: ignore[override]
+        cls, weights: Sequence[DenseWeight], factors: Sequence[Factors]
+    ) -> list[Tensor]:
+        increases: list[Tensor] = []
+        for device, some in groupby(zip(weights, factors, strict=True), lambda pair: pair[0].device):
+            pairs = list(some)
+            products = [weight._product(*each) for weight, each in pairs]
+            local = kernels_of(device).norm_increases(products)
+            increases += [weight._of_all_rows(part) for (weight, _), part in zip(pairs, local, strict=True)]
+        return increases
+
+    def _product(self, left: Tensor, right: Tensor) -> Product:
+        local = local_part(self.tensor).flatten(1)
+        if not self.is_whole:
+            rows, columns = self._region()
+            left, right = left[rows], right[:, columns]
+        return local.T if self.row_dim else local, left, right
+
+    def _of_all_rows(self, values: Tensor) -> Tensor:
+        """Values for the rows of the local part, with zeros for the other rows."""
+        if len(values) == self.rows:
+            return values
         out = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
-        out[rows] = increase
+        out[self._region()[0]] = values
         return out
 
+    def _region(self) -> tuple[slice, slice]:
+        """Which rows (output neurons) and columns (inputs) the local part holds."""
+        grid = self.grid()
+        dims = slice(grid.first_row, grid.first_row + local_part(self.tensor).shape[0]), grid.columns
+        rows, columns = reversed(dims) if self.row_dim else dims
+        return rows, columns
+
     def grid(self, first_block: int = 0) -> Grid:
+        grid = super().grid(first_block)
+        if self.is_whole:
+            return grid
         first_row, columns = region(self.tensor)
-        return super().grid(first_block)._replace(first_row=first_row, columns=columns)
+        return grid._replace(first_row=first_row, columns=columns)
 
     def sum_over_parts(self, partial: Tensor) -> Tensor:
         return sum_over_parts(partial, self.tensor)
@@ -189,7 +221,8 @@ class DenseWeight(FrozenWeight):
 
     def fingerprint(self) -> tuple[Any, ...]:
         tensor = self.tensor
-        return id(tensor), local_part(tensor).data_ptr(), tensor._version
+        local = local_part(tensor) if is_sharded(tensor) else tensor
+        return id(tensor), local.data_ptr(), tensor._version
 
 
 class Bnb4bitWeight(FrozenWeight):

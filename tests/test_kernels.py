@@ -19,8 +19,10 @@ from torch import Tensor
 
 from flatlora_optim import find_targets
 from flatlora_optim.kernels import has_triton
+from flatlora_optim.kernels.part import Keep
 from flatlora_optim.kernels.plain import rounded_sum
 from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey
+from flatlora_optim.weights import DenseWeight
 from helpers import OwnLoRA, flatlora, int_view, lora_gpt2, lora_mlp, loss_of, mlp_batch, philox
 
 triton = pytest.importorskip("triton", minversion="3.2")
@@ -133,18 +135,23 @@ def test_a_block_equals_the_torch_path_and_comes_back(
     noise = Noise(GaussianNoise(), NoiseKey(seed, 3), Grid(rows, row_size, "cpu"), scales, row_dim)
     expected = rounded_sum(before, noise.block(0, rows)).clone()
 
-    journals: list = []
-    kernels.perturb(weight, noise, 0, rows, journal=True, note=journals.append)
+    part = kernels.Part(weight, noise, 0, rows, Keep.JOURNAL)
+    part.perturb()
+    assert part.is_perturbed
     numbers = ~before.isnan()
     assert torch.equal(int_view(weight)[numbers], int_view(expected)[numbers])
 
     cut = rows // 2  # a shard of the rows sees the same noise
     shard, grid = before[cut:].clone(), Grid(rows, row_size, "cpu", first_row=cut)
     of_shard = Noise(GaussianNoise(), NoiseKey(seed, 3), grid, scales, row_dim)
-    kernels.perturb(shard, of_shard, 0, rows - cut, journal=False, note=lambda record: None)
+    kernels.Part(shard, of_shard, 0, rows - cut, Keep.NOTHING).perturb()
     assert torch.equal(int_view(shard)[numbers[cut:]], int_view(weight[cut:])[numbers[cut:]])
 
-    kernels.restore(weight, noise, 0, rows, journal=journals[0], note=lambda: None)
+    copy = weight.clone()
+    part.clean(copy)
+    assert torch.equal(int_view(copy), int_view(before))
+    part.restore()
+    assert not part.is_perturbed
     assert torch.equal(int_view(weight), int_view(before))
 
 
@@ -156,9 +163,9 @@ def test_the_journal_is_as_small_as_that_of_torch(dtype: torch.dtype, bar: float
     weight = (torch.randn(128, 512) * 0.02).to(dtype)
     scales = weight.float().norm(dim=1) * 0.05 / 512**0.5
     noise = Noise(GaussianNoise(), NoiseKey(1, 1), Grid(128, 512, "cpu"), scales)
-    journals: list = []
-    kernels.perturb(weight, noise, 0, 128, journal=True, note=journals.append)
-    assert 0.1 < journals[0].nbytes / weight.numel() <= bar
+    part = kernels.Part(weight, noise, 0, 128, Keep.JOURNAL)
+    part.perturb()
+    assert 0.1 < part.nbytes / weight.numel() <= bar
 
 
 @interpreted
@@ -168,9 +175,9 @@ def test_the_norm_increase_of_any_strides(rank: int) -> None:
 
     matrix, left, right = torch.randn(70, 90).bfloat16(), torch.randn(70, rank), torch.randn(rank, 90)
     expected = (matrix.float() + left @ right).square().sum(1) - matrix.float().square().sum(1)
-    torch.testing.assert_close(kernels.norm_increase(matrix, left, right), expected, rtol=1e-3, atol=1e-2)
-    stored = matrix.T.contiguous().T
-    torch.testing.assert_close(kernels.norm_increase(stored, left, right), expected, rtol=1e-3, atol=1e-2)
+    for stored in (matrix, matrix.T.contiguous().T):
+        (found,) = kernels.norm_increases([(stored, left, right)])
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)
 
 
 @interpreted
@@ -190,7 +197,8 @@ def test_large_ranks_are_left_to_matrix_products(monkeypatch: pytest.MonkeyPatch
     for rank in (64, 65):
         left, right = torch.randn(70, rank), torch.randn(rank, 90)
         expected = (layer.weight + left @ right).square().sum(1) - layer.weight.square().sum(1)
-        torch.testing.assert_close(target.weight.norm_increase(left, right), expected, rtol=1e-3, atol=1e-2)
+        (found,) = DenseWeight.norm_increases([target.weight], [(left, right)])
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)
     assert by_product == [65]
 
 
@@ -233,17 +241,17 @@ def test_an_interrupt_right_after_the_launch_is_told_apart(monkeypatch: pytest.M
     model = lora_mlp()
     optimizer = flatlora(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    run = kernels._run
+    write = kernels.Part._write
 
-    def interrupted(part: Tensor, launch, note) -> None:
+    def interrupted(part: kernels.Part, launch, is_perturbed: bool) -> None:
         def launch_and_interrupt(done: Tensor) -> None:
             launch(done)
-            monkeypatch.setattr(kernels, "_run", run)
+            monkeypatch.setattr(kernels.Part, "_write", write)
             raise KeyboardInterrupt
 
-        run(part, launch_and_interrupt, note)
+        write(part, launch_and_interrupt, is_perturbed)
 
-    monkeypatch.setattr(kernels, "_run", interrupted)
+    monkeypatch.setattr(kernels.Part, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.perturb()
     assert not optimizer.is_perturbed

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from flatlora_optim import FlatLoRAOptimizer
+from flatlora_optim.kernels.part import Keep, Part
 from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey, _mix32, _mix64
 from flatlora_optim.scales import row_scales
 from flatlora_optim.weights import FrozenWeight
@@ -353,17 +354,6 @@ def test_blocks_hold_as_many_whole_rows_as_fit(rows: int, row_size: int, device:
     assert Grid(rows, row_size, device).blocks == blocks
 
 
-@pytest.mark.parametrize(
-    ("threads", "at_once", "parts"), [(1, 1, 4), (1, 2, 2), (1, 9, 1), (2, 9, 2), (3, 2, 4), (5, 2, 4)]
-)
-def test_there_is_work_for_each_thread(
-    threads: int, at_once: int, parts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    noise = Noise(GaussianNoise(), NoiseKey(0, 0), Grid(12, 80_000, "cpu"), torch.ones(12))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert len(noise.parts(12, at_once)) == parts
-
-
 def test_the_share_of_the_noise_that_rounding_takes_away() -> None:
     weight = torch.ones(8, 2, 3, dtype=torch.bfloat16)
     scales = torch.tensor([100.0, 100, 1e-6, 1e-6, 1e-6, 1e-6, 0, 0])
@@ -377,18 +367,23 @@ def test_the_share_of_the_noise_that_rounding_takes_away() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_blocks_on_the_cpu_go_to_threads_and_others_one_by_one(device: str) -> None:
-    scales = torch.ones(12, device=device)
-    noise = Noise(GaussianNoise(), NoiseKey(0, 0), Grid(12, 80_000, "cpu"), scales)
-    parts, visits = noise.parts(12, 1), []
+def test_parts_on_the_cpu_go_to_threads_and_others_one_by_one(device: str) -> None:
+    noise = Noise(GaussianNoise(), NoiseKey(0, 0), Grid(12, 80_000, "cpu"), torch.ones(12))
+    visits = []
+
+    class Visited(Part):
+        def perturb(self) -> None:
+            visits.append((self.lo, threading.current_thread()))
+
+    rows = torch.empty(1, device=device)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        noise.for_each_part(lambda *part: visits.append((part, threading.current_thread())), parts)
+        Visited.perturb_all([Visited(rows, noise, lo, lo + 1, Keep.NOTHING) for lo in range(12)])
     finally:
         torch.set_num_threads(before)
     visited, threads = zip(*visits, strict=True)
-    assert sorted(visited) == parts
+    assert sorted(visited) == list(range(12))
     assert (threading.current_thread() in threads) == (device == "meta")
 
 

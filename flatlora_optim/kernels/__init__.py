@@ -1,4 +1,4 @@
-"""Making, adding and taking away the noise of a block, in three ways that do the same.
+"""Making, adding and taking away noise, and the norms that it needs, in three ways that do the same.
 
 :mod:`.triton_kernels` for CUDA, :mod:`.native` for CPUs with a C compiler, :mod:`.plain` torch
 operations for everything else. Each makes standard-normal numbers of its own; with the same
@@ -10,13 +10,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from . import native, plain
+from .part import Keep, Part
+from .plain import Product
 
 if TYPE_CHECKING:
     from ..noise import Noise
@@ -31,51 +33,64 @@ class Kernels(Protocol):
 
     name: str
     blocks_at_once: int
-    """How many blocks one call may be given."""
+    """How many blocks to make one part of."""
+    Part: type[Part]
 
-    def takes(self, noise: Noise, part: Tensor) -> bool:
-        """Whether ``perturb`` and ``restore`` know noise and weights of this kind."""
+    def takes(self, noise: Noise, weight: Tensor) -> bool:
+        """Whether the parts know noise and weights of this kind."""
         ...
 
     def fill(self, out: Tensor, seed: int) -> Tensor:
         """Overwrites contiguous float32 memory with the standard-normal numbers of a 32-bit seed."""
         ...
 
-    def perturb(
-        self,
-        part: Tensor,
-        noise: Noise,
-        lo: int,
-        hi: int,
-        *,
-        journal: bool,
-        note: Callable[[Any], object],
-    ) -> None:
-        """``part += eps`` for the rows of one block, or of a few.
+    def probes(self, weight: Tensor) -> Any:
+        """A few elements' bit patterns, as a tensor or a number, to be compared with later ones."""
+        ...
 
-        Args:
-            part: Local rows ``[lo, hi)`` of the weight.
-            noise: The weight's noise.
-            journal: Whether to record what the subtraction will miss.
-            note: Called with the journal, or None, once the rows are written, also if an
-                exception follows. If it was not called, they are as they were.
+    def norm_increases(self, products: Sequence[Product]) -> list[Tensor]:
+        """``||(matrix + left @ right)[i]||^2 - ||matrix[i]||^2`` of each, shape ``(m,)``, float32.
+
+        Each takes one pass over the matrix, which may have any strides and floating dtype.
         """
         ...
 
-    def restore(
-        self, part: Tensor, noise: Noise, lo: int, hi: int, *, journal: Any, note: Callable[[], object]
-    ) -> None:
-        """Takes away what ``perturb`` has put on, and calls ``note`` in the same way."""
-        ...
 
-    def norm_increase(self, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """``||(matrix + left @ right)[i]||^2 - ||matrix[i]||^2``, shape ``(m,)``, float32, in one pass.
+def parts_of(
+    weight: Tensor, noise: Noise, keep: Keep = Keep.NOTHING, copy: Tensor | None = None
+) -> list[Part]:
+    """Cuts a weight, or its local part, for the fastest kernels that take it and its noise.
 
-        Args:
-            matrix: Shape ``(m, n)``, of any strides and floating dtype.
-            left, right: Shapes ``(m, r)`` and ``(r, n)``, float32.
-        """
-        ...
+    Args:
+        copy: Memory of the weight's shape, for ``Keep.COPY``.
+    """
+    kernels = kernels_for(noise, weight)
+    spans = noise.grid.spans(weight.shape[0], kernels.blocks_at_once)
+    if len(spans) == 1:  # views of all of it would only cost time, and small weights are many
+        return [kernels.Part(weight, noise, *spans[0], keep, copy)]
+    return [
+        kernels.Part(weight[lo:hi], noise, lo, hi, keep, None if copy is None else copy[lo:hi])
+        for lo, hi in spans
+    ]
+
+
+def perturb(parts: Iterable[Part]) -> None:
+    """Puts the noise of one step on parts of any weights. On an exception, some of them may carry it."""
+    for kind, some in _by_kind(parts).items():
+        kind.perturb_all(some)
+
+
+def restore(parts: Iterable[Part]) -> None:
+    """Brings back those that are perturbed. On an exception, some of them may still be."""
+    for kind, some in _by_kind(part for part in parts if part.is_perturbed).items():
+        kind.restore_all(some)
+
+
+def _by_kind(parts: Iterable[Part]) -> dict[type[Part], list[Part]]:
+    kinds: dict[type[Part], list[Part]] = {}
+    for part in parts:
+        kinds.setdefault(type(part), []).append(part)
+    return kinds
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-/* The noise of a block, made, added and journaled in one pass over the weight.
+/* Noise, made, added and journaled in one pass over the weight.
  *
  * Plain C whose loops the compiler vectorizes. It must be compiled without contraction
  * (-ffp-contract=off): then every operation is rounded by itself and the numbers are the same on
@@ -8,9 +8,9 @@
  * by the place in the block, through the Box-Muller transform.
  */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include <stdlib.h>
+
+#include "shared.h"
 
 #define TILE 1024           /* numbers made at once: they stay in the first-level cache */
 #define LANES (TILE / 4)    /* Philox calls in a tile, four words each */
@@ -19,20 +19,6 @@
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the journal is written for little-endian processors"
 #endif
-
-enum { FLOAT32, BFLOAT16, FLOAT16 };
-
-static inline float as_float(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-static inline uint32_t as_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
 
 /* ------------------------------------------------------------------------ Gaussians */
 
@@ -109,63 +95,23 @@ static void gaussian_tile(uint32_t seed, int64_t tile, float *z) {
     box_muller(words[2], words[3], z + 2 * LANES, z + 3 * LANES);
 }
 
-/* ------------------------------------------------------------------------ storage formats */
+/* ------------------------------------------------------------------------ rounded sums */
 
-static void load_half(const uint16_t *from, float *w, int n) {
+/* w[i] += eps[i], and what a subtraction of eps would miss then. */
+INLINE void add_journaled(int format, void *w, const float *eps, int n, int32_t *missed) {
     for (int i = 0; i < n; i++) {
-        uint32_t sign = (uint32_t)(from[i] & 0x8000u) << 16, rest = (uint32_t)(from[i] & 0x7FFFu) << 13;
-        /* The exponent's bias is 15 there and 127 here: subnormals need no case of their own. */
-        float x = as_float(rest) * 0x1p112f;
-        uint32_t special = rest >= 0x0F800000u ? 0x7F800000u : 0u;
-        w[i] = as_float(as_bits(x) | special | sign);
+        uint32_t right = bits_at(format, w, i), sum = rounded_sum(format, value_of(format, right), eps[i]);
+        uint32_t back = rounded_sum(format, value_of(format, sum), -eps[i]);
+        write_bits(format, w, i, sum);
+        /* Integers wrap around: any two bit patterns have a difference. */
+        missed[i] = format == FLOAT32 ? (int32_t)(right - back) : (int16_t)(right - back);
     }
 }
 
-static void store_half(const float *x, uint16_t *to, int n) {
-    for (int i = 0; i < n; i++) {
-        uint32_t bits = as_bits(x[i]), sign = bits & 0x80000000u, rest = bits ^ sign;
-        /* Below 2^-14 all results are multiples of 2^-24: adding 1/2 rounds there. */
-        uint32_t subnormal = as_bits(as_float(rest) + 0.5f) - 0x3F000000u;
-        uint32_t normal = (rest - 0x38000000u + 0x0FFFu + ((rest >> 13) & 1u)) >> 13;
-        uint32_t h = rest < 0x38800000u ? subnormal : normal;
-        h = rest >= 0x477FF000u ? 0x7C00u : h;
-        h = rest > 0x7F800000u ? 0x7E00u : h;
-        to[i] = (uint16_t)(h | (sign >> 16));
-    }
-}
-
-static void load(int format, const void *from, int64_t at, float *w, int n) {
-    if (format == FLOAT32) {
-        memcpy(w, (const float *)from + at, sizeof(float) * (size_t)n);
-    } else if (format == BFLOAT16) {
-        const uint16_t *bits = (const uint16_t *)from + at;
-        for (int i = 0; i < n; i++) w[i] = as_float((uint32_t)bits[i] << 16);
-    } else {
-        load_half((const uint16_t *)from + at, w, n);
-    }
-}
-
-/* x rounded to the format's precision, as its bit patterns. NaNs become one. */
-static void round_to(int format, const float *x, const float *w, void *to, int64_t at, int n) {
-    if (format == FLOAT32) {
-        uint32_t *bits = (uint32_t *)to + at;
-        for (int i = 0; i < n; i++) bits[i] = x[i] == x[i] ? as_bits(x[i]) : 0x7FC00000u;
-    } else if (format == BFLOAT16) {
-        uint16_t *bits = (uint16_t *)to + at;
-        for (int i = 0; i < n; i++) {
-            uint32_t b = as_bits(x[i]);
-            uint32_t nearest = (b + 0x7FFFu + ((b >> 16) & 1u)) >> 16;
-            bits[i] = (uint16_t)(x[i] == x[i] ? nearest : 0x7FC0u);
-        }
-    } else {
-        /* Noise alone never makes a finite weight infinite. */
-        float clamped[TILE];
-        for (int i = 0; i < n; i++) {
-            float finite = x[i] > 65504.0f ? 65504.0f : (x[i] < -65504.0f ? -65504.0f : x[i]);
-            clamped[i] = fabsf(w[i]) <= 65504.0f ? finite : x[i];
-        }
-        store_half(clamped, (uint16_t *)to + at, n);
-    }
+/* w[i] += sign * eps[i]; the sign is 1 or -1. */
+INLINE void add(int format, void *w, const float *eps, float sign, int n) {
+    for (int i = 0; i < n; i++)
+        write_bits(format, w, i, rounded_sum(format, value_of(format, bits_at(format, w, i)), sign * eps[i]));
 }
 
 /* ------------------------------------------------------------------------ noise of a weight */
@@ -179,6 +125,29 @@ typedef struct {
     int64_t row_size;
     int32_t transposed; /* whether the scales run along a row instead of over rows */
 } Noise;
+
+/* memcpy into memory that is not needed soon: around the caches, and without reading it first. */
+static void stream(void *to, const void *from, size_t bytes) {
+#ifdef __SSE2__
+    size_t head = (0u - (size_t)to) % 16 < bytes ? (0u - (size_t)to) % 16 : bytes;
+    memcpy(to, from, head);
+    char *end = (char *)to + bytes, *place = (char *)to + head;
+    const char *source = (const char *)from + head;
+    for (; end - place >= 16; place += 16, source += 16)
+        _mm_stream_si128((__m128i *)place, _mm_loadu_si128((const __m128i *)source));
+    memcpy(place, source, (size_t)(end - place));
+#else
+    memcpy(to, from, bytes);
+#endif
+}
+
+/* Ends a call: what was streamed is visible to other threads before anything that follows. */
+static void settle(Mode before) {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+    set_mode(before);
+}
 
 /* eps of the elements [at, at + n), all in one tile of one block. */
 static void make_noise(const Noise *noise, int64_t at, int n, float *eps) {
@@ -208,14 +177,14 @@ static void make_noise(const Noise *noise, int64_t at, int n, float *eps) {
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* How many elements from `at` on lie in one tile of one block and in one segment of the journal. */
-static int piece(const Noise *noise, int64_t at, int64_t numel) {
+/* How many elements of [at, end) lie in one tile of one block. */
+static int piece(const Noise *noise, int64_t at, int64_t end) {
     int64_t place = (noise->offset + at) % noise->block_size;
-    int64_t in_block = least(TILE - place % TILE, noise->block_size - place);
-    return (int)least(least(in_block, SEGMENT - at % SEGMENT), numel - at);
+    return (int)least(least(TILE - place % TILE, noise->block_size - place), end - at);
 }
 
 void flatlora_fill(float *out, int64_t numel, uint32_t seed) {
+    Mode before = set_mode(STANDARD_MODE);
     float made[TILE];
     for (int64_t at = 0; at < numel; at += TILE) {
         if (numel - at >= TILE) {
@@ -225,36 +194,41 @@ void flatlora_fill(float *out, int64_t numel, uint32_t seed) {
             memcpy(out + at, made, sizeof(float) * (size_t)(numel - at));
         }
     }
+    set_mode(before);
 }
 
-/* W + sign * eps, rounded; the sign is 1 or -1. */
-static void rounded_sum(int format, const float *w, const float *eps, float sign, void *to, int64_t at,
-                        int n) {
-    float total[TILE];
-    for (int i = 0; i < n; i++) total[i] = w[i] + sign * eps[i];
-    round_to(format, total, w, to, at, n);
-}
+/* ------------------------------------------------------------------------ parts of weights */
 
-/* What the subtraction misses: positions modulo SEGMENT, ascending, differences of the bit
- * patterns, and the number of entries before each segment (NULL if there is one segment only). */
+/* What the subtraction misses in a segment: positions in it, ascending, and differences of the bit
+ * patterns, of 2 bytes where all of them fit and else of 4. */
 typedef struct {
-    uint16_t *low;
-    void *corrections; /* int16_t or int32_t, as width says; int16_t is enough for 16-bit weights */
-    int64_t *starts;
-    int64_t entries;
+    void *differences;
+    uint16_t *positions;
+    int32_t entries;
     int32_t width;
 } Journal;
 
-static int64_t record(int format, const uint32_t *right, const uint32_t *back, int64_t at, int n,
-                      int64_t entries, Journal *journal) {
-    int32_t missed[TILE];
+typedef struct {
+    void *weight;
+    void *copy;        /* where the clean rows are kept, or NULL */
+    Journal *journals; /* one for each segment, or NULL */
+    int64_t numel;
+    int64_t journal_bytes;
+    int32_t format;
+    int32_t keeps_journal;
+    int32_t is_perturbed;
+    Noise noise;
+} Part;
+
+/* Memory for one segment, given by the caller. */
+typedef struct {
+    uint16_t positions[SEGMENT];
+    int32_t missed[SEGMENT];
+} Room;
+
+/* Adds what is missed among n elements from `at` on to the room's entries. Returns their new number. */
+static int32_t record(const int32_t *missed, int at, int n, int32_t entries, Room *room) {
     uint8_t is_missed[TILE];
-    if (format == FLOAT32) {
-        for (int i = 0; i < n; i++) missed[i] = (int32_t)(right[i] - back[i]);
-    } else {
-        const uint16_t *right16 = (const uint16_t *)right, *back16 = (const uint16_t *)back;
-        for (int i = 0; i < n; i++) missed[i] = (int16_t)(right16[i] - back16[i]);
-    }
     for (int i = 0; i < n; i++) is_missed[i] = missed[i] != 0;
     for (int i = n; i % 64; i++) is_missed[i] = 0;
     for (int first = 0; first < n; first += 64) {
@@ -267,134 +241,155 @@ static int64_t record(int format, const uint32_t *right, const uint32_t *back, i
         }
         for (; mask; mask &= mask - 1) {
             int i = first + __builtin_ctzll(mask);
-            journal->low[entries] = (uint16_t)(at + i);
-            if (journal->width == 2)
-                ((int16_t *)journal->corrections)[entries++] = (int16_t)missed[i];
-            else
-                ((int32_t *)journal->corrections)[entries++] = missed[i];
+            room->positions[entries] = (uint16_t)(at + i);
+            room->missed[entries++] = missed[i];
         }
     }
     return entries;
 }
 
-static void correct(void *weight, int64_t numel, int format, const Journal *journal) {
-    int64_t segments = (numel + SEGMENT - 1) / SEGMENT;
-    for (int64_t segment = 0; segment < segments; segment++) {
-        int64_t entry = journal->starts ? journal->starts[segment] : 0;
-        int64_t end = journal->starts ? journal->starts[segment + 1] : journal->entries;
-        for (; entry < end; entry++) {
-            int64_t at = segment * SEGMENT + journal->low[entry];
-            uint32_t missed = journal->width == 2 ? (uint32_t)((int16_t *)journal->corrections)[entry]
-                                                  : (uint32_t)((int32_t *)journal->corrections)[entry];
-            if (format == FLOAT32)
-                ((uint32_t *)weight)[at] += missed;
-            else
-                ((uint16_t *)weight)[at] += (uint16_t)missed;
-        }
-    }
+/* Moves the room's entries into memory of their own. Returns whether there was any. */
+static int keep(const Room *room, int32_t entries, Journal *journal) {
+    int is_wide = 0;
+    for (int i = 0; i < entries; i++) is_wide |= room->missed[i] != (int16_t)room->missed[i];
+    int32_t width = is_wide ? 4 : 2;
+    void *memory = malloc((size_t)entries * (size_t)(width + 2) + 1);
+    if (!memory) return 0;
+    *journal = (Journal){memory, (uint16_t *)((char *)memory + (size_t)entries * (size_t)width), entries, width};
+    memcpy(journal->positions, room->positions, 2 * (size_t)entries);
+    if (is_wide)
+        memcpy(memory, room->missed, 4 * (size_t)entries);
+    else
+        for (int i = 0; i < entries; i++) ((int16_t *)memory)[i] = (int16_t)room->missed[i];
+    return 1;
 }
 
-/* W += eps. Sets the journal, if there is one, and `done` when all of it is written. */
-void flatlora_perturb(void *weight, int64_t numel, int32_t format, const Noise *noise, Journal *journal,
-                      int32_t *done) {
-    int64_t entries = 0;
-    size_t width = format == FLOAT32 ? 4 : 2;
-    for (int64_t at = 0; at < numel;) {
-        float w[TILE], eps[TILE];
-        uint32_t right[TILE], back[TILE];
-        int n = piece(noise, at, numel);
-        make_noise(noise, at, n, eps);
-        load(format, weight, at, w, n);
-        if (journal) memcpy(right, (char *)weight + (size_t)at * width, (size_t)n * width);
-        rounded_sum(format, w, eps, 1.0f, weight, at, n);
-        if (journal) {
-            load(format, weight, at, w, n);
-            rounded_sum(format, w, eps, -1.0f, back, 0, n);
-            if (at % SEGMENT == 0) journal->starts[at / SEGMENT] = entries;
-            entries = record(format, right, back, at, n, entries, journal);
+static int64_t segments_of(const Part *part) { return (part->numel + SEGMENT - 1) / SEGMENT; }
+
+/* Adds the noise. Returns how many entries for the journal are in the room. */
+static int32_t perturb_segment(const Part *part, int64_t segment, Room *room) {
+    int32_t entries = 0;
+    int format = part->format;
+    size_t width = width_of(format);
+    int64_t first = segment * SEGMENT, end = least(first + SEGMENT, part->numel);
+    for (int64_t at = first; at < end;) {
+        float eps[TILE];
+        int32_t missed[TILE];
+        int n = piece(&part->noise, at, end);
+        char *w = (char *)part->weight + (size_t)at * width;
+        make_noise(&part->noise, at, n, eps);
+        if (part->copy) stream((char *)part->copy + (size_t)at * width, w, (size_t)n * width);
+        if (part->keeps_journal) {
+            FOR_FORMAT(format, add_journaled, w, eps, n, missed);
+            entries = record(missed, (int)(at - first), n, entries, room);
+        } else {
+            FOR_FORMAT(format, add, w, eps, 1.0f, n);
         }
         at += n;
     }
-    if (journal) {
-        journal->starts[(numel + SEGMENT - 1) / SEGMENT] = entries;
-        journal->entries = entries;
-    }
-    *done = 1;
+    return entries;
 }
 
-/* W -= eps, corrected by the journal if there is one. */
-void flatlora_restore(void *weight, int64_t numel, int32_t format, const Noise *noise,
-                      const Journal *journal, int32_t *done) {
-    for (int64_t at = 0; at < numel;) {
-        float w[TILE], eps[TILE];
-        int n = piece(noise, at, numel);
-        make_noise(noise, at, n, eps);
-        load(format, weight, at, w, n);
-        rounded_sum(format, w, eps, -1.0f, weight, at, n);
+/* Brings a segment of `into`, the weight or a copy of it, back. */
+static void restore_segment(const Part *part, int64_t segment, void *into) {
+    int format = part->format;
+    size_t width = width_of(format);
+    int64_t first = segment * SEGMENT, end = least(first + SEGMENT, part->numel);
+    char *start = (char *)into + (size_t)first * width;
+    if (part->copy) {
+        stream(start, (char *)part->copy + (size_t)first * width, (size_t)(end - first) * width);
+        return;
+    }
+    for (int64_t at = first; at < end;) {
+        float eps[TILE];
+        int n = piece(&part->noise, at, end);
+        make_noise(&part->noise, at, n, eps);
+        FOR_FORMAT(format, add, (char *)into + (size_t)at * width, eps, -1.0f, n);
         at += n;
     }
-    if (journal) correct(weight, numel, format, journal);
-    *done = 1;
-}
-
-/* ------------------------------------------------------------------------ row norms */
-
-#if defined(__AVX512F__)
-#define WIDTH 16 /* numbers in a vector */
-#elif defined(__AVX__)
-#define WIDTH 8
-#else
-#define WIDTH 4
-#endif
-#define GROUP 4    /* rows that share each vector of `right` that is loaded */
-#define CHUNK 512  /* columns whose part of `right` stays in the first-level cache up to rank 16 */
-
-typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float))));
-
-static inline Vector vector_at(const float *from) {
-    Vector v;
-    memcpy(&v, from, sizeof v);
-    return v;
-}
-
-/* out[i] += sum_j (2 W + D)[i, j] * D[i, j] with D = left @ right, for `rows` rows and n columns, a
- * multiple of WIDTH after padding with zeros. */
-static void norm_chunk(const float w[GROUP][CHUNK], int n, const float *left, int64_t rank,
-                       const float *right, float *out, int rows) {
-    Vector total[GROUP] = {{0}};
-    for (int j = 0; j < n; j += WIDTH) {
-        Vector delta[GROUP] = {{0}};
-        for (int64_t r = 0; r < rank; r++) {
-            Vector a = vector_at(right + r * CHUNK + j);
-            for (int i = 0; i < GROUP; i++) delta[i] += a * left[i * rank + r];
-        }
-        for (int i = 0; i < GROUP; i++) total[i] += (2.0f * vector_at(w[i] + j) + delta[i]) * delta[i];
+    if (!part->journals) return;
+    const Journal *journal = part->journals + segment;
+    for (int i = 0; i < journal->entries; i++) {
+        int at = journal->positions[i];
+        int32_t difference =
+            journal->width == 4 ? ((int32_t *)journal->differences)[i] : ((int16_t *)journal->differences)[i];
+        if (format == FLOAT32)
+            ((uint32_t *)start)[at] += (uint32_t)difference;
+        else
+            ((uint16_t *)start)[at] += (uint16_t)difference;
     }
-    for (int i = 0; i < rows; i++)
-        for (int k = 0; k < WIDTH; k++) out[i] += total[i][k];
 }
 
-/* out[i] = |(W + D)[i, :]|^2 - |W[i, :]|^2 with D = left @ right, for W of shape (rows, columns), left
- * (rows, rank) and right (rank, columns). `padded` has room for (rank + GROUP) * CHUNK + GROUP * rank numbers. */
-void flatlora_norm_increase(const void *weight, int64_t rows, int64_t columns, int32_t format,
-                            const float *left, const float *right, int64_t rank, float *padded, float *out) {
-    float *last = padded + rank * CHUNK;
-    float w[GROUP][CHUNK];
-    memset(out, 0, sizeof(float) * (size_t)rows);
-    for (int64_t first = 0; first < columns; first += CHUNK) {
-        int n = columns - first < CHUNK ? (int)(columns - first) : CHUNK;
-        int whole = (n + WIDTH - 1) / WIDTH * WIDTH;
-        for (int64_t r = 0; r < rank; r++) {
-            memcpy(padded + r * CHUNK, right + r * columns + first, sizeof(float) * (size_t)n);
-            for (int j = n; j < whole; j++) padded[r * CHUNK + j] = 0.0f;
-        }
-        memset(w, 0, sizeof w);
-        for (int64_t i = 0; i < rows; i += GROUP) {
-            int some = rows - i < GROUP ? (int)(rows - i) : GROUP;
-            for (int k = 0; k < some; k++) load(format, weight, (i + k) * columns + first, w[k], n);
-            const float *factors = left + i * rank;
-            if (some < GROUP) factors = memcpy(last, factors, sizeof(float) * (size_t)(some * rank));
-            norm_chunk((const float(*)[CHUNK])w, whole, factors, rank, padded, out + i, some);
-        }
+/* Gives the memory of the journals back, and the rows to whoever writes them next. */
+void flatlora_forget(Part *part) {
+    for (int64_t segment = 0; part->journals && segment < segments_of(part); segment++)
+        free(part->journals[segment].differences);
+    free(part->journals);
+    part->journals = NULL;
+    part->journal_bytes = part->is_perturbed = 0;
+}
+
+/* Returns whether there was memory for the journals. If not, the part is as it was. */
+static int perturb_part(Part *part, Room *room) {
+    int64_t segments = segments_of(part), segment;
+    if (part->is_perturbed) return 1;
+    if (part->keeps_journal) {
+        part->journals = calloc((size_t)segments + 1, sizeof(Journal));
+        if (!part->journals) return 0;
+        part->journal_bytes = segments * (int64_t)sizeof(Journal);
     }
+    for (segment = 0; segment < segments; segment++) {
+        int32_t entries = perturb_segment(part, segment, room);
+        if (!part->keeps_journal) continue;
+        Journal *journal = part->journals + segment;
+        if (!keep(room, entries, journal)) {
+            *journal = (Journal){room->missed, room->positions, entries, 4};
+            for (int64_t back = 0; back <= segment; back++) restore_segment(part, back, part->weight);
+            journal->differences = NULL;
+            flatlora_forget(part);
+            return 0;
+        }
+        part->journal_bytes += entries * (2 + journal->width);
+    }
+    part->is_perturbed = 1;
+    return 1;
+}
+
+/* W += eps in parts. One for whose journal there is no memory stays as it is, and `failed` is set. */
+void flatlora_perturb(Task *task) {
+    Mode before = set_mode(STANDARD_MODE);
+    Room *room = room_of(task);
+    int64_t left = task->most;
+    for (Part *part; (part = next_of(task, left)); left -= part->numel)
+        if (!perturb_part(part, room)) __atomic_store_n(&task->failed, 1, __ATOMIC_RELAXED);
+    settle(before);
+}
+
+/* Brings W back in those parts that are perturbed. */
+void flatlora_restore(Task *task) {
+    Mode before = set_mode(STANDARD_MODE);
+    int64_t left = task->most;
+    for (Part *part; (part = next_of(task, left)); left -= part->numel) {
+        if (!part->is_perturbed) continue;
+        for (int64_t segment = 0; segment < segments_of(part); segment++)
+            restore_segment(part, segment, part->weight);
+        flatlora_forget(part);
+    }
+    settle(before);
+}
+
+/* Brings a copy of a perturbed part back, and leaves the part as it is. */
+void flatlora_clean(const Part *part, void *copy) {
+    Mode before = set_mode(STANDARD_MODE);
+    for (int64_t segment = 0; segment < segments_of(part); segment++) restore_segment(part, segment, copy);
+    settle(before);
+}
+
+/* A number that changes, but for a chance of 2^-64, with any of `count` elements (FNV-1a). */
+uint64_t flatlora_digest(const void *weight, int64_t count, int64_t stride, int64_t width) {
+    uint64_t digest = 0xCBF29CE484222325u;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t byte = 0; byte < width; byte++)
+            digest = (digest ^ ((const uint8_t *)weight)[i * stride * width + byte]) * 0x100000001B3u;
+    return digest;
 }

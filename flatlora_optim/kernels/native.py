@@ -1,68 +1,40 @@
-"""The kernels of ``native.c``, which the C compiler that is there builds at their first use.
+"""The kernels of ``native.c`` and ``norms.c``.
 
-One call makes, adds and journals the noise of a block in one pass over the weight, several times
-as fast as torch operations can, and without Python's lock, so that threads work side by side. The
-library is kept in the user's cache folder. Where there is no compiler, :mod:`.plain` does the work.
-
-``FLATLORA_NATIVE=0`` in the environment switches it off, ``CC`` names the compiler.
+Noise is made, added and journaled in one pass over the weight, many times as fast as torch
+operations can. One call works on many weights, however small, on all of torch's threads.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import warnings
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..parallel import for_each, scratch
-from . import plain
-from .journal import SEGMENT, Journal, narrowed
+from ..parallel import for_each, lasting_empty, scratch
+from . import part, plain
+from .library import library, library_or_none
+from .part import Keep
+from .plain import Product
 
 if TYPE_CHECKING:
     from ..noise import Noise
 
 name = "native C"
-blocks_at_once = 2  # more would need more room for the longest journal
+blocks_at_once = 4
 
-_SOURCE = Path(__file__).with_name("native.c")
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_INTEGERS = {2: torch.int16, 4: torch.int32}
+_MOST = 1 << 23  # elements to work on in one call, about ten milliseconds: an interrupt has to wait for it
+_WORTH_A_THREAD = 1 << 15
+_ROWS = 1 << 19  # elements of the rows whose norms are one piece of work
 
-# Without contraction all operations are rounded one by one, and the numbers are the same everywhere.
-_FLAGS = (
-    "-O3",
-    "-std=c99",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-strict-aliasing",
-    "-fno-trapping-math",
-    "-fPIC",
-    "-shared",
-)
-_VECTOR_FLAGS = {
-    "AVX2": ("-mavx2",),
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
-}
-_TIME_LIMIT = 120.0
-
-_LARGEST_RANK = 16  # beyond, a matrix product is faster
-_GROUP, _CHUNK = 4, 512  # GROUP and CHUNK of native.c
-
-_KNOWN_SUM = -21_415_298_576
-"""Of the bit patterns of the first 4096 numbers for seed 1."""
+_ROOM = (1 << 16) * (2 + 4)  # bytes of a Room of native.c
+_CACHED, _GROUP, _WIDTH = 1 << 16, 4, 16  # of norms.c
 
 
 class _Noise(ctypes.Structure):
@@ -79,243 +51,256 @@ class _Noise(ctypes.Structure):
     )
 
 
-class _Journal(ctypes.Structure):
-    """``Journal`` of native.c."""
+class _Part(ctypes.Structure):
+    """``Part`` of native.c."""
 
     _fields_ = (
-        ("low", ctypes.c_void_p),
-        ("corrections", ctypes.c_void_p),
-        ("starts", ctypes.c_void_p),
-        ("entries", ctypes.c_int64),
-        ("width", ctypes.c_int32),
+        ("weight", ctypes.c_void_p),
+        ("copy", ctypes.c_void_p),
+        ("journals", ctypes.c_void_p),
+        ("numel", ctypes.c_int64),
+        ("journal_bytes", ctypes.c_int64),
+        ("format", ctypes.c_int32),
+        ("keeps_journal", ctypes.c_int32),
+        ("is_perturbed", ctypes.c_int32),
+        ("noise", _Noise),
+    )
+
+
+class _Task(ctypes.Structure):
+    """``Task`` of shared.h."""
+
+    _fields_ = (
+        ("items", ctypes.c_void_p),
+        ("rooms", ctypes.c_void_p),
+        ("room_size", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("next", ctypes.c_int64),
+        ("most", ctypes.c_int64),
+        ("threads", ctypes.c_int32),
+        ("failed", ctypes.c_int32),
+    )
+
+
+class _Product(ctypes.Structure):
+    """``Product`` of norms.c."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("left", ctypes.c_void_p),
+        ("right", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("format", ctypes.c_int32),
     )
 
 
 def is_available() -> bool:
-    return _library() is not None
+    return library_or_none() is not None
 
 
-def takes(noise: Noise, part: Tensor) -> bool:
-    return noise.can_be_fused and part.is_contiguous() and part.dtype in _FORMATS
+def takes(noise: Noise, weight: Tensor) -> bool:
+    return (
+        noise.can_be_fused
+        and (noise.is_seeded or noise.is_in_memory)
+        and weight.is_contiguous()
+        and weight.dtype in _FORMATS
+    )
 
 
 def fill(out: Tensor, seed: int) -> Tensor:
-    _loaded().flatlora_fill(out.data_ptr(), out.numel(), seed)
+    library().flatlora_fill(out.data_ptr(), out.numel(), seed)
     return out
 
 
-def perturb(
-    part: Tensor, noise: Noise, lo: int, hi: int, *, journal: bool, note: Callable[[Journal | None], object]
-) -> None:
-    call = _Call(part, noise, lo, hi)
-    memory = _JournalMemory(part) if journal else None
-    record: list[Journal | None] = []
-    try:
-        call.perturb(memory)
-        record.append(memory.journal() if memory else None)
-        note(record[0])
-    except BaseException:
-        if call.is_done and record:
-            note(record[0])
-        elif call.is_done:
-            # No memory left for the journal, say: what it is made from is still here.
-            call.restore(memory.view if memory else None)
-        raise
+def probes(weight: Tensor) -> int | Tensor:
+    if not weight.is_contiguous():
+        return plain.probes(weight)
+    numel = weight.numel()
+    stride = max(1, numel // plain.PROBES)
+    count = min(plain.PROBES, -(-numel // stride))
+    digest: int = library().flatlora_digest(weight.data_ptr(), count, stride, weight.element_size())
+    return digest
 
 
-def restore(
-    part: Tensor, noise: Noise, lo: int, hi: int, *, journal: Journal | None, note: Callable[[], object]
-) -> None:
-    call = _Call(part, noise, lo, hi)
-    view = None if journal is None else _view(journal.low, journal.corrections, journal.starts)
-    try:
-        call.restore(view)
-        note()
-    except BaseException:
-        if call.is_done:
-            note()
-        raise
+class Part(part.Part):
+    """C itself keeps what is known of a part: no exception of Python's can come in between."""
 
-
-def norm_increase(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    rank = len(right)
-    if rank > _LARGEST_RANK or matrix.dtype not in _FORMATS or not matrix.is_contiguous():
-        return plain.norm_increase(matrix, left, right)
-    left, right = left.contiguous(), right.contiguous()
-    out = torch.empty(len(matrix), dtype=torch.float32, device=matrix.device)
-
-    def compute(rows: slice) -> None:
-        part = matrix[rows]
-        padded = scratch("padded", ((rank + _GROUP) * _CHUNK + _GROUP * rank,), torch.float32, out.device)
-        _loaded().flatlora_norm_increase(
-            part.data_ptr(),
-            *part.shape,
-            _FORMATS[part.dtype],
-            left[rows].data_ptr(),
-            right.data_ptr(),
-            rank,
-            padded.data_ptr(),
-            out[rows].data_ptr(),
+    def __init__(
+        self, rows: Tensor, noise: Noise, lo: int, hi: int, keep: Keep, copy: Tensor | None = None
+    ) -> None:
+        super().__init__(rows, noise, lo, hi, keep, copy)
+        self._library = library()
+        self._record = _Part(
+            weight=rows.data_ptr(),
+            copy=None if copy is None else copy.data_ptr(),
+            numel=rows.numel(),
+            format=_FORMATS[rows.dtype],
+            keeps_journal=keep is Keep.JOURNAL,
         )
 
-    for_each(compute, plain.row_chunks(matrix))
-    return out
+    @property
+    def is_perturbed(self) -> bool:
+        return bool(self._record.is_perturbed)
 
+    @property
+    def nbytes(self) -> int:
+        return int(self._record.journal_bytes)
 
-class _Call:
-    """Some rows of a weight and their noise, as native.c wants them."""
+    def perturb(self) -> None:
+        self.perturb_all([self])
 
-    def __init__(self, part: Tensor, noise: Noise, lo: int, hi: int) -> None:
-        scales, seeds, offset = noise.recipe(lo, hi)
-        tables = [] if noise.is_seeded else noise.standard_blocks(lo, hi)
+    def restore(self) -> None:
+        self.restore_all([self])
+
+    def clean(self, copy: Tensor) -> None:
+        self._describe_noise()
+        self._library.flatlora_clean(ctypes.byref(self._record), copy.data_ptr())
+
+    def forget(self) -> None:
+        self._library.flatlora_forget(ctypes.byref(self._record))
+
+    @classmethod
+    def perturb_all(cls, parts: Sequence[Part]) -> None:  # type: ignore[override]
+        _write("perturb", parts)
+
+    @classmethod
+    def restore_all(cls, parts: Sequence[Part]) -> None:  # type: ignore[override]
+        _write("restore", parts)
+
+    def _describe_noise(self) -> None:
+        """Says what noise it is, where that is needed and not known: numbers that lie in memory may have
+        changed since last time."""
+        comes_from_a_copy = self.is_perturbed and self.copy is not None
+        if comes_from_a_copy or (self.noise.is_seeded and self._record.noise.scales):
+            return
+        noise, lo, hi = self.noise, self.lo, self.hi
+        scales = noise.scales_of(lo, hi)
         # Addresses are all that C gets: the tensors have to live as long as they are in use.
-        self._part, self._alive = part, (scales, tables)
-        addresses = [table.data_ptr() for table in tables]
-        self._noise = _Noise(
-            (ctypes.c_void_p * len(tables))(*addresses) if tables else None,
-            (ctypes.c_uint32 * len(seeds))(*seeds),
+        self._alive = [scales]
+        seeds = tables = None
+        if noise.is_seeded:
+            values = noise.seeds(lo, hi)
+            seeds = (ctypes.c_uint32 * len(values))(*values)
+        else:
+            table, starts = noise.places(lo, hi)
+            self._alive.append(table)
+            first = table.data_ptr()
+            tables = (ctypes.c_void_p * len(starts))(*[first + 4 * start for start in starts])
+        self._record.noise = _Noise(
+            tables,
+            seeds,
             noise.grid.rows_per_block * noise.grid.row_size,
-            offset,
+            noise.offset(lo),
             scales.data_ptr(),
             noise.grid.row_size,
             noise.row_dim,
         )
-        self._done = ctypes.c_int32(0)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the rows were written, also if an interrupt followed at once."""
-        return bool(self._done.value)
-
-    def perturb(self, memory: _JournalMemory | None) -> None:
-        self._run("flatlora_perturb", memory.view if memory else None)
-
-    def restore(self, journal: _Journal | None) -> None:
-        self._run("flatlora_restore", journal)
-
-    def _run(self, function: str, journal: _Journal | None) -> None:
-        part = self._part
-        increment_version(part)  # autograd is to see that the weight was written
-        getattr(_loaded(), function)(
-            part.data_ptr(),
-            part.numel(),
-            _FORMATS[part.dtype],
-            ctypes.byref(self._noise),
-            None if journal is None else ctypes.byref(journal),
-            ctypes.byref(self._done),
-        )
 
 
-class _JournalMemory:
-    """Room for the longest journal that the rows can have."""
-
-    def __init__(self, part: Tensor) -> None:
-        numel = part.numel()
-        segments = -(-numel // SEGMENT)
-        self._low = scratch("low", (numel,), torch.int16, part.device)
-        self._corrections = scratch("corrections", (numel,), _INTEGERS[part.element_size()], part.device)
-        self._starts = scratch("starts", (segments + 1,), torch.int64, part.device)
-        self.view = _view(self._low, self._corrections, self._starts)
-
-    def journal(self) -> Journal:
-        entries = self.view.entries
-        corrections = self._corrections[:entries]
-        starts = self._starts.clone() if self._starts.numel() > 2 else None
-        return Journal(self._low[:entries].clone(), narrowed(corrections).clone(), starts)
+def _write(function: str, parts: Sequence[Part]) -> None:
+    for each in parts:
+        each._describe_noise()
+        increment_version(each.rows)  # autograd is to see that the weight was written
+    records = [each._record for each in parts]
+    if not _share_out(function, records, [record.numel for record in records], _ROOM):
+        raise MemoryError("no memory is left to journal what a subtraction of the noise would miss")
 
 
-def _view(low: Tensor, corrections: Tensor, starts: Tensor | None) -> _Journal:
-    return _Journal(
-        low.data_ptr(),
-        corrections.data_ptr(),
-        None if starts is None else starts.data_ptr(),
-        low.numel(),
-        corrections.element_size(),
+def norm_increases(products: Sequence[Product]) -> list[Tensor]:
+    # The factors, too, have to live as long as their addresses are in use.
+    factors = [(left.contiguous(), right.contiguous()) for _, left, right in products]
+    outs, tasks, sizes = [], [], []
+    for (matrix, *_), (left, right) in zip(products, factors, strict=True):
+        if matrix.dtype not in _FORMATS or not matrix.is_contiguous() or not len(right):
+            outs.append(plain.norm_increase(matrix, left, right))
+            continue
+        out = torch.empty(len(matrix), dtype=torch.float32, device=matrix.device)
+        outs.append(out)
+        (rows, columns), rank = matrix.shape, len(right)
+        most = max(_GROUP, _ROWS // max(1, columns) // _GROUP * _GROUP)
+        for lo in range(0, rows, most):
+            tasks.append(
+                _Product(
+                    matrix.data_ptr() + lo * columns * matrix.element_size(),
+                    left.data_ptr() + lo * rank * 4,
+                    right.data_ptr(),
+                    out.data_ptr() + lo * 4,
+                    min(most, rows - lo),
+                    columns,
+                    rank,
+                    _FORMATS[matrix.dtype],
+                )
+            )
+            sizes.append(tasks[-1].rows * columns)
+    largest = max((task.rank for task in tasks), default=0)
+    _share_out("norm_increases", tasks, sizes, 4 * (max(_CACHED, _WIDTH * largest) + _GROUP * largest))
+    return outs
+
+
+def _share_out(
+    function: str, records: Sequence[ctypes.Structure], sizes: Sequence[int], room_size: int
+) -> bool:
+    """Has the function of the library work on all records, on as many threads as torch uses.
+
+    Args:
+        function: Its name.
+        sizes: How many elements each record stands for.
+        room_size: Bytes that each thread needs.
+
+    Returns:
+        Whether it succeeded in all.
+    """
+    # The largest first, so that no thread is left with one while the others have finished.
+    order = sorted(range(len(records)), key=lambda i: -sizes[i])
+    items = (ctypes.c_void_p * len(records))(*[ctypes.addressof(records[i]) for i in order])
+    threads = min(torch.get_num_threads(), len(records), 1 + sum(sizes) // _WORTH_A_THREAD)
+    team = _torch_team()
+    numel, device = threads * room_size, torch.device("cpu")
+    # Threads of our own may still be at work when something else begins here, after an interrupt, say.
+    rooms = (
+        scratch("rooms", (numel,), torch.uint8, device)
+        if team
+        else lasting_empty((numel,), torch.uint8, device)
     )
-
-
-# ---------------------------------------------------------------------- building
-
-
-def _loaded() -> ctypes.CDLL:
-    library = _library()
-    assert library is not None
-    return library
+    task = _Task(ctypes.addressof(items), rooms.data_ptr(), room_size, len(records), 0, _MOST)
+    task.alive = items, rooms, records
+    work = getattr(library(), f"flatlora_{function}")
+    while task.next < task.count:
+        task.threads = 0
+        if team is not None and threads > 1:
+            team(work, ctypes.byref(task), threads, 0)
+        else:
+            for_each(lambda _: work(ctypes.byref(task)), range(threads))
+    return not task.failed
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The library, or None where it can't be had."""
-    compiler = _compiler()
-    if compiler is None or os.environ.get("FLATLORA_NATIVE") == "0":
+def _torch_team() -> Callable[..., None] | None:
+    """``GOMP_parallel(function, data, num_threads, flags)`` of the OpenMP library that torch has loaded.
+
+    Its threads are those of torch's own operations, which the system has spread over the cores. None
+    in a forked process: they do not survive a fork, and it would wait for them for ever.
+    """
+    if _was_forked:
         return None
-    try:
-        library = _load(compiler)
-        if _first_numbers(library) != _KNOWN_SUM:
-            raise OSError(f"{compiler} computes other numbers than it should")
-    except (OSError, subprocess.SubprocessError) as error:
-        warnings.warn(
-            "the native kernels could not be built, so noise takes several times as long: "
-            f"{getattr(error, 'stderr', None) or error}\n"
-            "Mend the C compiler, or set FLATLORA_NATIVE=0 to do without",
-            stacklevel=2,
-        )
-        return None
-    return library
+    team = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    if team is not None:
+        team.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+        team.restype = None
+    return team
 
 
-def _compiler() -> str | None:
-    if os.name == "nt":
-        return None
-    names = [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]
-    return next(filter(None, map(shutil.which, names)), None)
+_was_forked = False
 
 
-def _load(compiler: str) -> ctypes.CDLL:
-    capability = torch.backends.cpu.get_cpu_capability()
-    command = [compiler, *_FLAGS, *_VECTOR_FLAGS.get(capability, ())]
-    parts = (*command, platform.machine(), _SOURCE.read_text())
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    kept = _cache_folder() / f"native-{digest}.so"
-    if kept.exists():
-        with suppress(OSError):  # damaged
-            return _declared(ctypes.CDLL(str(kept)))
-    with tempfile.TemporaryDirectory() as folder:
-        fresh = Path(folder, kept.name)
-        command += [str(_SOURCE), "-o", str(fresh), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIME_LIMIT)
-        library = _declared(ctypes.CDLL(str(fresh)))
-        _keep(fresh, kept)
-    return library
+def _note_fork() -> None:
+    global _was_forked
+    _was_forked = True
+    _torch_team.cache_clear()
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "flatlora_optim"
-
-
-def _keep(fresh: Path, kept: Path) -> None:
-    """For the next process; other processes may do the same at the same time."""
-    with suppress(OSError):  # a read-only home: each process builds its own
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as copy:
-            copy.write(fresh.read_bytes())
-        os.replace(copy.name, kept)
-
-
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    library.flatlora_fill.argtypes = (pointer, size, ctypes.c_uint32)
-    two = library.flatlora_perturb, library.flatlora_restore
-    for function in two:
-        function.argtypes = (pointer, size, number, pointer, pointer, pointer)
-    norm_increase = pointer, size, size, number, pointer, pointer, size, pointer, pointer
-    library.flatlora_norm_increase.argtypes = norm_increase
-    for function in (*two, library.flatlora_fill, library.flatlora_norm_increase):
-        function.restype = None
-    return library
-
-
-def _first_numbers(library: ctypes.CDLL) -> int:
-    numbers = torch.empty(4096, dtype=torch.float32, device="cpu")
-    library.flatlora_fill(numbers.data_ptr(), numbers.numel(), 1)
-    return int(numbers.view(torch.int32).long().sum())
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..parallel import rows_at_once, scratch
+from . import part
 from .journal import Journal
+from .part import Keep
 
 if TYPE_CHECKING:
     from ..noise import Noise
 
 name = "torch operations"
 blocks_at_once = 1  # what is made in between stays in a core's own cache
+
+Product = tuple[Tensor, Tensor, Tensor]
+"""A matrix of shape ``(m, n)`` and a low-rank product ``left @ right`` on top of it, of shapes
+``(m, r)`` and ``(r, n)``, float32."""
+
+PROBES = 64
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -41,7 +49,7 @@ def rounded_sum(weight: Tensor, eps: Tensor, alpha: int = 1) -> Tensor:
     return scratch(f"rounded {alpha}", weight.shape, weight.dtype, weight.device).copy_(total)
 
 
-def takes(noise: Noise, part: Tensor) -> bool:
+def takes(noise: Noise, weight: Tensor) -> bool:
     return True
 
 
@@ -51,44 +59,72 @@ def fill(out: Tensor, seed: int) -> Tensor:
     return out.normal_(generator=generator)
 
 
-def perturb(
-    part: Tensor, noise: Noise, lo: int, hi: int, *, journal: bool, note: Callable[[Journal | None], object]
-) -> None:
-    eps = noise.block(lo, hi)
-    perturbed = rounded_sum(part, eps)
-    record = None
-    if journal:
-        record = Journal.of(bits(part.contiguous()), bits(rounded_sum(perturbed, eps, alpha=-1)))
-    _write(part, perturbed, lambda: note(record))
+def probes(weight: Tensor) -> Tensor:
+    stride = max(1, weight.numel() // PROBES)
+    some = weight.reshape(-1)[::stride] if weight.is_contiguous() else weight[:, 0]
+    return bits(some[:PROBES].clone())
 
 
-def restore(
-    part: Tensor, noise: Noise, lo: int, hi: int, *, journal: Journal | None, note: Callable[[], object]
-) -> None:
-    restored = rounded_sum(part, noise.block(lo, hi), alpha=-1)
-    if journal is not None:
-        journal.correct(bits(restored).view(-1))
-    _write(part, restored, note)
+class Part(part.Part):
+    is_perturbed = False
+    _journal: Journal | None = None
+
+    def perturb(self) -> None:
+        eps = self.noise.block(self.lo, self.hi)
+        perturbed = rounded_sum(self.rows, eps)
+        if self.copy is not None:
+            self.copy.copy_(self.rows)
+        if self.keep is Keep.JOURNAL:
+            back = rounded_sum(perturbed, eps, alpha=-1)
+            self._journal = Journal.of(bits(self.rows.contiguous()), bits(back))
+        self._write(perturbed, True)
+
+    def restore(self) -> None:
+        if self.is_perturbed:
+            self._write(self._clean(self.rows), False)
+            self.forget()
+
+    def clean(self, copy: Tensor) -> None:
+        copy.copy_(self._clean(copy))
+
+    def forget(self) -> None:
+        self.is_perturbed, self._journal = False, None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._journal is None else self._journal.nbytes
+
+    def _clean(self, rows: Tensor) -> Tensor:
+        if self.copy is not None:
+            return self.copy
+        restored = rounded_sum(rows, self.noise.block(self.lo, self.hi), alpha=-1)
+        if self._journal is not None:
+            self._journal.correct(bits(restored).view(-1))
+        return restored
+
+    def _write(self, values: Tensor, is_perturbed: bool) -> None:
+        """Writes the rows and takes note of it; an exception in between leaves the two in agreement."""
+        try:
+            self.rows.copy_(values)
+            self.is_perturbed = is_perturbed
+        except BaseException:
+            if torch.equal(bits(self.rows.contiguous()), bits(values)):
+                self.is_perturbed = is_perturbed
+            raise
 
 
-def _write(part: Tensor, values: Tensor, note: Callable[[], object]) -> None:
-    """Writes a block and takes note of it; an exception in between leaves the two in agreement."""
-    try:
-        part.copy_(values)
-        note()
-    except BaseException:
-        if torch.equal(bits(part.contiguous()), bits(values)):
-            note()
-        raise
+def norm_increases(products: Sequence[Product]) -> list[Tensor]:
+    return [norm_increase(*product) for product in products]
 
 
 def norm_increase(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``||(matrix + left @ right)[i]||^2 - ||matrix[i]||^2``, shape ``(m,)``, float32."""
     out = torch.empty(len(matrix), dtype=torch.float32, device=matrix.device)
     for rows in row_chunks(matrix):
-        part = matrix[rows]
-        if part.dtype != torch.float32:
-            part = scratch("values", part.shape, torch.float32, part.device).copy_(part)
-        out[rows] = increase_of_projected(torch.mm(part, right.T), left[rows], right)
+        values = matrix[rows]
+        if values.dtype != torch.float32:
+            values = scratch("values", values.shape, torch.float32, values.device).copy_(values)
+        out[rows] = increase_of_projected(torch.mm(values, right.T), left[rows], right)
     return out
 
 

@@ -7,7 +7,7 @@ module imports Triton; ask :func:`flatlora_optim.kernels.has_triton` first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import plain
+from . import part, plain
 from .journal import narrowed
+from .part import Keep
+from .plain import Product
 
 if TYPE_CHECKING:
     from ..noise import Noise
@@ -191,7 +193,7 @@ def cross_kernel(
 
 
 class TileJournal:
-    """The journal of :func:`perturb`: positions within tiles, in the order the tiles finished."""
+    """The journal of ``perturb_kernel``: positions within tiles, in the order the tiles finished."""
 
     def __init__(self, weight: Tensor) -> None:
         numel, device = weight.numel(), weight.device
@@ -213,9 +215,9 @@ class TileJournal:
         return sum(t.numel() * t.element_size() for t in parts)
 
 
-def takes(noise: Noise, part: Tensor) -> bool:
+def takes(noise: Noise, weight: Tensor) -> bool:
     is_known = noise.can_be_fused and noise.is_seeded
-    return is_known and part.is_contiguous() and part.dtype != torch.float64
+    return is_known and weight.is_contiguous() and weight.dtype != torch.float64
 
 
 def fill(out: Tensor, seed: int) -> Tensor:
@@ -224,62 +226,84 @@ def fill(out: Tensor, seed: int) -> Tensor:
     return out
 
 
-def perturb(
-    part: Tensor,
-    noise: Noise,
-    lo: int,
-    hi: int,
-    *,
-    journal: bool,
-    note: Callable[[TileJournal | None], object],
-) -> None:
-    record = TileJournal(part) if journal else None
-    arrays = [getattr(record, name, part) for name in ("low", "corrections", "starts", "counts", "total")]
-    _run_on_block(perturb_kernel, part, noise, lo, hi, arrays, journal, lambda: note(record))
-    if record is not None:
-        record.trim()
+probes = plain.probes
 
 
-def restore(
-    part: Tensor, noise: Noise, lo: int, hi: int, *, journal: TileJournal | None, note: Callable[[], object]
-) -> None:
-    arrays = [getattr(journal, name, part) for name in ("low", "corrections", "starts", "counts")]
-    _run_on_block(restore_kernel, part, noise, lo, hi, arrays, journal is not None, note)
+class Part(part.Part):
+    is_perturbed = False
+    _journal: TileJournal | None = None
+
+    def perturb(self) -> None:
+        if self.copy is not None:
+            self.copy.copy_(self.rows)
+        if self.keep is Keep.JOURNAL:
+            self._journal = TileJournal(self.rows)
+        totals = [getattr(self._journal, "total", self.rows)]
+        self._write(lambda done: self._launch(perturb_kernel, self.rows, totals, done), True)
+        if self._journal is not None:
+            self._journal.trim()
+
+    def restore(self) -> None:
+        if self.is_perturbed:
+            self._write(lambda done: self._restore(self.rows, done), False)
+            self.forget()
+
+    def clean(self, copy: Tensor) -> None:
+        self._restore(copy, torch.empty(1, dtype=torch.int32, device=copy.device))
+
+    def forget(self) -> None:
+        self.is_perturbed, self._journal = False, None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._journal is None else self._journal.nbytes
+
+    def _restore(self, rows: Tensor, done: Tensor) -> None:
+        if self.copy is None:
+            self._launch(restore_kernel, rows, [], done)
+        else:
+            rows.copy_(self.copy)
+            done.fill_(1)
+
+    def _launch(self, kernel: Any, rows: Tensor, totals: list[Tensor], done: Tensor) -> None:
+        noise = self.noise
+        (seed,) = noise.seeds(self.lo, self.hi)
+        names = "low", "corrections", "starts", "counts"
+        with _on(rows):
+            kernel[_tiles(rows)](
+                rows,
+                noise.scales_of(self.lo, self.hi),
+                *(getattr(self._journal, name, rows) for name in names),
+                *totals,
+                done,
+                rows.numel(),
+                rows[0].numel(),
+                seed,
+                noise.offset(self.lo),
+                ROW_DIM=noise.row_dim,
+                JOURNAL=self._journal is not None,
+                BITS=_BITS[rows.element_size()],
+                TILE=TILE,
+                **_EXACT,
+            )
+
+    def _write(self, launch: Callable[[Tensor], None], is_perturbed: bool) -> None:
+        """Launches what writes the rows and takes note of it, whatever interrupts us."""
+        done = torch.zeros(1, dtype=torch.int32, device=self.rows.device)
+        try:
+            launch(done)
+            self.is_perturbed = is_perturbed
+        except BaseException:
+            if int(done):
+                self.is_perturbed = is_perturbed
+            raise
 
 
-def _run_on_block(
-    kernel: Any,
-    part: Tensor,
-    noise: Noise,
-    lo: int,
-    hi: int,
-    arrays: list[Tensor],
-    journal: bool,
-    note: Callable[[], object],
-) -> None:
-    scales, (seed,), offset = noise.recipe(lo, hi)
-
-    def launch(done: Tensor) -> None:
-        kernel[_tiles(part)](
-            part,
-            scales,
-            *arrays,
-            done,
-            part.numel(),
-            part[0].numel(),
-            seed,
-            offset,
-            ROW_DIM=noise.row_dim,
-            JOURNAL=journal,
-            BITS=_BITS[part.element_size()],
-            TILE=TILE,
-            **_EXACT,
-        )
-
-    _run(part, launch, note)
+def norm_increases(products: Sequence[Product]) -> list[Tensor]:
+    return [_norm_increase(*product) for product in products]
 
 
-def norm_increase(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def _norm_increase(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if len(right) > _LARGEST_RANK:
         return plain.norm_increase(matrix, left, right)
     rows, columns = matrix.shape
@@ -310,19 +334,6 @@ _EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
 _BITS = {2: tl.int16, 4: tl.int32}
 _INTEGERS = {2: torch.int16, 4: torch.int32}
-
-
-def _run(part: Tensor, launch: Callable[[Tensor], None], note: Callable[[], object]) -> None:
-    """Launches a kernel that writes ``part`` and takes note of it, whatever interrupts us."""
-    done = torch.zeros(1, dtype=torch.int32, device=part.device)
-    try:
-        with _on(part):
-            launch(done)
-        note()
-    except BaseException:
-        if int(done):
-            note()
-        raise
 
 
 def _tiles(tensor: Tensor) -> tuple[int]:

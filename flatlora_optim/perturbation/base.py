@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from ..adapters import Target
+from ..kernels.part import Part
 from ..noise import Noise
 
 
 class Perturbation:
     """Puts noise on one target and takes it away again.
 
-    ``apply`` and ``remove`` may be interrupted anywhere by an exception. ``remove`` then takes
-    away whatever ``apply`` had put on, and may be called again until it returns.
+    What is written into the weight itself is left to the caller, who can then write many weights
+    at once: ``apply`` and ``remove`` return the parts that are to be perturbed, or restored.
+    Anything may be interrupted anywhere by an exception. ``remove`` and ``forget`` then end
+    whatever had begun, and may be called again until they return.
     """
 
     mode = ""
@@ -23,12 +26,16 @@ class Perturbation:
     def __init__(self, target: Target) -> None:
         self.target = target
 
-    def apply(self, noise: Noise) -> None:
-        """Makes the target compute with ``W + eps``."""
+    def apply(self, noise: Noise) -> Sequence[Part]:
+        """Makes the target compute with ``W + eps`` as soon as the parts are perturbed."""
         raise NotImplementedError
 
-    def remove(self) -> None:
-        """Brings ``W`` back. Does nothing when nothing is applied."""
+    def remove(self) -> Sequence[Part]:
+        """Makes it compute with ``W`` as soon as the parts are restored; ``forget`` comes next."""
+        return ()
+
+    def forget(self) -> None:
+        """Ends the perturbation without writing anything. Does nothing when nothing is applied."""
         raise NotImplementedError
 
     def written(self) -> Tensor | None:
@@ -41,9 +48,6 @@ class Perturbation:
 
     def seal(self) -> None:
         """Takes note of the perturbed weight, for ``changed`` to compare with."""
-
-    def abandon(self) -> None:
-        """Forgets the noise without writing anything: the weight now belongs to somebody else."""
 
     def changed(self) -> Callable[[], bool]:
         """Starts the check whether somebody else wrote the weight since ``seal``.

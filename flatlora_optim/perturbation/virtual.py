@@ -7,7 +7,7 @@ backward and in recomputation; nothing of the weight's size is saved for backwar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..adapters import Target
+from ..kernels.part import Part
 from ..noise import Noise
 from ..sharding import is_sharded
 from ..weights import FrozenWeight, UnsupportedAdapterError, own_forward
@@ -48,17 +49,16 @@ class VirtualPerturbation(Perturbation):
         # Tracing would bake one step's noise into the graph.
         return cast(Forward, torch.compiler.disable(forward))
 
-    def apply(self, noise: Noise) -> None:
+    def apply(self, noise: Noise) -> Sequence[Part]:
         self._noise = noise
         for owner, forward in zip(self.target.owners, self._forwards, strict=True):
             _replace_forward(owner, forward)
+        return ()
 
-    def remove(self) -> None:
+    def forget(self) -> None:
         for owner in self.target.owners:
             _put_forward_back(owner)
         self._noise = None
-
-    abandon = remove
 
 
 def _forward_name(owner: nn.Module) -> str:

@@ -1,0 +1,136 @@
+"""Building and loading ``native.c`` and ``norms.c``: by the C compiler that is there, at the first use.
+
+The library is kept in the user's cache folder. ``FLATLORA_NATIVE=0`` in the environment does
+without it, ``CC`` names the compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_FOLDER = Path(__file__).parent
+_SOURCES = _FOLDER / "native.c", _FOLDER / "norms.c"
+_HEADER = _FOLDER / "shared.h"
+
+# Without contraction all operations are rounded one by one, and the numbers are the same everywhere.
+_FLAGS = (
+    "-O3",
+    "-std=c99",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-strict-aliasing",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-shared",
+)
+_VECTOR_FLAGS = {
+    "AVX2": ("-mavx2",),
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
+}
+_TIME_LIMIT = 120.0
+
+_KNOWN_SUM = -21_415_298_576
+"""Of the bit patterns of the first 4096 numbers for seed 1."""
+
+
+def library() -> ctypes.CDLL:
+    """The library, where it is available."""
+    found = library_or_none()
+    assert found is not None
+    return found
+
+
+@functools.cache
+def library_or_none() -> ctypes.CDLL | None:
+    """The library, or None where it can't be had."""
+    compiler = find_compiler()
+    if compiler is None or os.environ.get("FLATLORA_NATIVE") == "0":
+        return None
+    try:
+        found = load(compiler)
+        if _first_numbers(found) != _KNOWN_SUM:
+            raise OSError(f"{compiler} computes other numbers than it should")
+    except (OSError, subprocess.SubprocessError) as error:
+        warnings.warn(
+            "the native kernels could not be built, so noise takes several times as long: "
+            f"{getattr(error, 'stderr', None) or error}\n"
+            "Mend the C compiler, or set FLATLORA_NATIVE=0 to do without",
+            stacklevel=2,
+        )
+        return None
+    return found
+
+
+def find_compiler() -> str | None:
+    if os.name == "nt":
+        return None
+    names = [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def load(compiler: str) -> ctypes.CDLL:
+    capability = torch.backends.cpu.get_cpu_capability()
+    command = [compiler, *_FLAGS, *_VECTOR_FLAGS.get(capability, ())]
+    sources = [path.read_text() for path in (*_SOURCES, _HEADER)]
+    digest = hashlib.sha256("\0".join((*command, platform.machine(), *sources)).encode()).hexdigest()[:16]
+    kept = _cache_folder() / f"native-{digest}.so"
+    if kept.exists():
+        with suppress(OSError):  # damaged
+            return _declared(ctypes.CDLL(str(kept)))
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = Path(folder, kept.name)
+        command += [*map(str, _SOURCES), "-o", str(fresh), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIME_LIMIT)
+        found = _declared(ctypes.CDLL(str(fresh)))
+        _keep(fresh, kept)
+    return found
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "flatlora_optim"
+
+
+def _keep(fresh: Path, kept: Path) -> None:
+    """For the next process; other processes may do the same at the same time."""
+    with suppress(OSError):  # a read-only home: each process builds its own
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as copy:
+            copy.write(fresh.read_bytes())
+        os.replace(copy.name, kept)
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    signatures: dict[str, tuple[Any, ...]] = {
+        "fill": (pointer, size, ctypes.c_uint32),
+        "perturb": (pointer,),
+        "restore": (pointer,),
+        "clean": (pointer, pointer),
+        "forget": (pointer,),
+        "digest": (pointer, size, size, size),
+        "norm_increases": (pointer,),
+    }
+    for name, argtypes in signatures.items():
+        function = getattr(library, f"flatlora_{name}")
+        function.argtypes, function.restype = argtypes, None
+    library.flatlora_digest.restype = ctypes.c_uint64
+    return library
+
+
+def _first_numbers(library: ctypes.CDLL) -> int:
+    numbers = torch.empty(4096, dtype=torch.float32, device="cpu")
+    library.flatlora_fill(numbers.data_ptr(), numbers.numel(), 1)
+    return int(numbers.view(torch.int32).long().sum())

@@ -1,0 +1,93 @@
+"""Some rows of a frozen weight, while noise comes and goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import Tensor
+
+from ..parallel import for_each
+
+if TYPE_CHECKING:
+    from ..noise import Noise
+
+
+P = TypeVar("P", bound="Part")
+
+
+class Keep(Enum):
+    """What is kept of the clean rows, so that they can come back."""
+
+    NOTHING = "nothing"
+    """The noise is subtracted, which rounds."""
+    JOURNAL = "journal"
+    """What the subtraction will miss."""
+    COPY = "copy"
+    """All of them."""
+
+
+class Part:
+    """Local rows ``[lo, hi)`` of a weight, and the noise for them.
+
+    Whatever interrupts its methods, a part knows whether its rows carry the noise. Each module of
+    kernels has its own kind of part.
+
+    Args:
+        rows: A view of the rows.
+        noise: The weight's noise.
+        lo, hi: Their place in the local part of the weight.
+        keep: What brings them back.
+        copy: Memory for them, if ``keep`` says so.
+    """
+
+    def __init__(
+        self, rows: Tensor, noise: Noise, lo: int, hi: int, keep: Keep, copy: Tensor | None = None
+    ) -> None:
+        self.rows, self.noise, self.lo, self.hi = rows, noise, lo, hi
+        self.keep, self.copy = keep, copy
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the rows carry the noise right now."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the journal takes."""
+        return 0
+
+    def perturb(self) -> None:
+        """``rows += eps``."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Brings the rows back, if they are perturbed."""
+        raise NotImplementedError
+
+    def clean(self, copy: Tensor) -> None:
+        """Brings a copy of the perturbed rows back, and leaves the rows as they are."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """Leaves the rows as they are: they belong to somebody else now."""
+        raise NotImplementedError
+
+    @classmethod
+    def perturb_all(cls: type[P], parts: Sequence[P]) -> None:
+        """Perturbs parts of this kind, on the CPU several at once."""
+        visit(cls.perturb, parts)
+
+    @classmethod
+    def restore_all(cls: type[P], parts: Sequence[P]) -> None:
+        """Restores parts of this kind, on the CPU several at once."""
+        visit(cls.restore, parts)
+
+
+def visit(work: Callable[[P], None], parts: Sequence[P]) -> None:
+    """Calls ``work`` for each part, on the CPU from several threads."""
+    for_each(work, [part for part in parts if part.rows.device.type == "cpu"])
+    for part in parts:
+        if part.rows.device.type != "cpu":
+            work(part)
