@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flatlora_optim.scales import RowNorms
+from flatlora_optim.scales import RowNorms, merged_norms
 from layers import (
     LLAMA_BLOCK,
     MINILM_LAYER,
@@ -19,7 +19,7 @@ from layers import (
     stack,
     twin,
 )
-from measure import interleave, peak_memory
+from measure import add_untracked, interleave, peak_memory
 from transcription import Transcription
 
 MODES = {
@@ -94,6 +94,7 @@ def ours(model: nn.Module, **options: Any) -> Cycle:
 
     def cycle() -> None:
         optimizer.perturb()
+        add_untracked(optimizer)
         optimizer.step()
 
     return cycle
@@ -128,7 +129,6 @@ def row_scales(model: nn.Module) -> Cycle:
     norms = [RowNorms(target) for target in flatlora(model).targets]
 
     def cycle() -> None:
-        for each in norms:
-            each.merged()
+        merged_norms(norms)
 
     return cycle

@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from flatlora_optim import FlatLoRAOptimizer
+from flatlora_optim.kernels import native
+
 Seconds = dict[str, list[float]]
 """Each variant's seconds, one per round; the i-th ones were measured in the same round."""
 
@@ -62,16 +65,34 @@ def peak_memory(work: Callable[[], object], device: str) -> int:
 
     On the CPU, torch's profiler reports each allocation that torch makes, temporaries inside of
     operators included. It sees only the thread it was started on, so ``work`` runs on one
-    thread: a new one, which has none of the buffers that threads keep for later.
+    thread: a new one, which has none of the buffers that threads keep for later. What native code
+    allocates is added as it is told to ``add_untracked``.
     """
+    global _untracked
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    with num_threads(torch.get_num_threads()), ThreadPoolExecutor(1) as thread:
-        return thread.submit(_peak_on_this_thread, work).result()
+    _untracked = 0
+    try:
+        with num_threads(torch.get_num_threads()), ThreadPoolExecutor(1) as thread:
+            return thread.submit(_peak_on_this_thread, work).result() + _untracked
+    finally:
+        _untracked = None
+
+
+_untracked: int | None = None
+
+
+def add_untracked(optimizer: FlatLoRAOptimizer) -> None:
+    """To be called while the weights are perturbed. Does nothing but while memory is measured."""
+    global _untracked
+    if _untracked is not None:
+        parts = (part for p in optimizer._weights.perturbations for part in getattr(p, "_parts", ()))
+        journals = sum(part.nbytes for part in parts if isinstance(part, native.Part))
+        _untracked = max(_untracked, journals)
 
 
 def _peak_on_this_thread(work: Callable[[], object]) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layers import RANK, adapted_weights, flatlora, frozen_bytes, trainable, twin
-from measure import interleave, peak_memory
+from measure import add_untracked, interleave, peak_memory
 from transcription import Transcription
 
 PLAIN = "plain LoRA"
@@ -37,7 +37,7 @@ def run(device: str, quick: bool) -> list[dict[str, Any]]:
     half = with_lora(copy.deepcopy(base).to(torch.bfloat16))
     model = with_lora(base)
     # (tokens, rounds): bf16 for its memory alone, which depends little on the number of tokens.
-    plan = [(model, 32, 2), (half, 32, 0)] if quick else [(model, 256, 4), (model, 1024, 3), (half, 16, 0)]
+    plan = [(model, 32, 2), (half, 32, 0)] if quick else [(model, 256, 2), (model, 1024, 4), (half, 16, 0)]
     return [{"model": name, **_measure(m, tokens, rounds, device)} for m, tokens, rounds in plan]
 
 
@@ -90,6 +90,7 @@ def ours(**options: Any) -> Callable[[nn.Module], Step]:
         def step(gradient: Gradient) -> None:
             with optimizer.perturbed():
                 gradient()
+                add_untracked(optimizer)
             optimizer.step()
             optimizer.zero_grad()
 
