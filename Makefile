@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo qlora test test-oldest lint docs bench generalization clean
+.PHONY: help demo qlora test coverage test-oldest lint docs bench generalization clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -37,6 +37,11 @@ qlora: $(VENV)/.dev  ## Fine-tune a 4-bit SmolLM2 on arithmetic, with and withou
 test: $(VENV)/.dev  ## Run the test suite
 	@echo "Running the tests, one process per core"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# A signal that comes while coverage holds its own lock would stop the run for good.
+coverage: $(VENV)/.dev  ## Run the test suite and show which lines and branches it misses
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
+		--cov --cov-report=term-missing:skip-covered --deselect tests/trust/test_faults.py::test_a_signal_at_any_time
 
 OLDEST ?= .venv-oldest
 OLDEST_TESTS := $(patsubst %,tests/test_%.py,exactness noise optimizer targets checkpoint bad_input state_machine \
