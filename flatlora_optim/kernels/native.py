@@ -164,11 +164,12 @@ class Part(part.Part):
 
     @classmethod
     def perturb_all(cls, parts: Sequence[Part]) -> None:  # type: ignore[override]
-        _write("perturb", parts)
+        if not _write("perturb", parts, _ROOM):
+            raise MemoryError("no memory is left to journal what a subtraction of the noise would miss")
 
     @classmethod
     def restore_all(cls, parts: Sequence[Part]) -> None:  # type: ignore[override]
-        _write("restore", parts)
+        _write("restore", parts, 0)  # which must not depend on there being memory
 
     def _describe_noise(self) -> None:
         """Says what noise it is, where that is needed and not known: numbers that lie in memory may have
@@ -200,13 +201,12 @@ class Part(part.Part):
         )
 
 
-def _write(function: str, parts: Sequence[Part]) -> None:
+def _write(function: str, parts: Sequence[Part], room_size: int) -> bool:
     for each in parts:
         each._describe_noise()
         increment_version(each.rows)  # autograd is to see that the weight was written
     records = [each._record for each in parts]
-    if not _share_out(function, records, [record.numel for record in records], _ROOM):
-        raise MemoryError("no memory is left to journal what a subtraction of the noise would miss")
+    return _share_out(function, records, [record.numel for record in records], room_size)
 
 
 def norm_increases(products: Sequence[Product]) -> list[Tensor]:
