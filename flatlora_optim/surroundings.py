@@ -32,7 +32,7 @@ class Surroundings:
     def __init__(self, model: nn.Module, loss_fn: LossFn, targets: list[Target], undo: ExitStack) -> None:
         self._model, self._loss_fn, self._undo = model, loss_fn, undo
         self.targets = targets
-        self.norms = [_merged_norms(target) for target in targets]
+        self.norms = _all_merged_norms(targets)
         """The norms of the merged weight's rows, shape ``(m,)``, of each target."""
         self._perturbations = [choose_perturbation(target, "auto", "exact") for target in targets]
         self._cuda = {t.weight.device.index for t in targets if t.weight.device.type == "cuda"}
@@ -213,9 +213,9 @@ def _dense_tensors(targets: Iterable[Target]) -> Vector:
     return [target.weight.tensor for target in targets if isinstance(target.weight, DenseWeight)]
 
 
-def _merged_norms(target: Target) -> Tensor:
-    (norms,) = merged_norms([RowNorms(target)])
-    assert norms is not None
+def _all_merged_norms(targets: Sequence[Target]) -> list[Tensor]:
+    norms = [each for each in merged_norms([RowNorms(target) for target in targets]) if each is not None]
+    assert len(norms) == len(targets)
     return norms
 
 

@@ -19,7 +19,17 @@ import flatlora_optim
 from flatlora_optim import FlatLoRAOptimizer
 from flatlora_optim.kernels import journal as journals
 from flatlora_optim.kernels.journal import Journal, narrowed
-from helpers import OwnLoRA, fingerprint, flatlora, int_view, lora_convnet, lora_gpt2, lora_mlp, trainable
+from helpers import (
+    OwnLoRA,
+    fingerprint,
+    flatlora,
+    int_view,
+    lora_convnet,
+    lora_gpt2,
+    lora_mlp,
+    same,
+    trainable,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BIT_EXACT = ["exact", "snapshot"]
@@ -244,8 +254,6 @@ def test_subtract_holds_nothing_and_drifts_in_the_low_bits(dtype: torch.dtype) -
 PEAK_MEMORY = """
 import resource, sys, torch
 from flatlora_optim import FlatLoRAOptimizer
-from flatlora_optim.kernels import journal as journals
-from flatlora_optim.kernels.journal import Journal, narrowed
 from helpers import OwnLoRA
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -319,9 +327,6 @@ def test_an_interrupt_at_any_line_can_be_restored(
 
     def patterns() -> list[Tensor]:
         return [layer.weight.detach().clone().view(torch.int16) for layer in model]
-
-    def same(a: list[Tensor], b: list[Tensor]) -> bool:
-        return all(map(torch.equal, a, b))
 
     before = patterns()
     with optimizer.perturbed():

@@ -40,14 +40,6 @@ def fresh_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
     library.library_or_none.cache_clear()
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @needs_compiler
 @pytest.mark.parametrize("seed", [0, 12345, (1 << 32) - 1])
 def test_the_noise_is_box_muller_on_all_words_of_philox(seed: int) -> None:

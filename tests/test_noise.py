@@ -367,7 +367,7 @@ def test_the_share_of_the_noise_that_rounding_takes_away() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_parts_on_the_cpu_go_to_threads_and_others_one_by_one(device: str) -> None:
+def test_parts_on_the_cpu_go_to_threads_and_others_one_by_one(device: str, two_threads: None) -> None:
     noise = Noise(GaussianNoise(), NoiseKey(0, 0), Grid(12, 80_000, "cpu"), torch.ones(12))
     visits = []
 
@@ -376,12 +376,7 @@ def test_parts_on_the_cpu_go_to_threads_and_others_one_by_one(device: str) -> No
             visits.append((self.lo, threading.current_thread()))
 
     rows = torch.empty(1, device=device)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        Visited.perturb_all([Visited(rows, noise, lo, lo + 1, Keep.NOTHING) for lo in range(12)])
-    finally:
-        torch.set_num_threads(before)
+    Visited.perturb_all([Visited(rows, noise, lo, lo + 1, Keep.NOTHING) for lo in range(12)])
     visited, threads = zip(*visits, strict=True)
     assert sorted(visited) == list(range(12))
     assert (threading.current_thread() in threads) == (device == "meta")

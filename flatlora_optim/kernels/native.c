@@ -160,8 +160,7 @@ static void make_noise(const Noise *noise, int64_t at, int n, float *eps) {
         gaussian_tile(noise->seeds[block], place / TILE, made);
     int64_t row = at / noise->row_size, column = at % noise->row_size;
     for (int i = 0; i < n;) {
-        int64_t rest = noise->row_size - column;
-        int run = rest < n - i ? (int)rest : n - i;
+        int run = (int)least(noise->row_size - column, n - i);
         if (noise->transposed) {
             const float *scale = noise->scales + column;
             for (int j = 0; j < run; j++) eps[i + j] = z[i + j] * scale[j];
@@ -174,8 +173,6 @@ static void make_noise(const Noise *noise, int64_t at, int n, float *eps) {
         column = 0;
     }
 }
-
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* How many elements of [at, end) lie in one tile of one block. */
 static int piece(const Noise *noise, int64_t at, int64_t end) {

@@ -142,7 +142,7 @@ class Part(part.Part):
         )
 
     @property
-    def is_perturbed(self) -> bool:
+    def is_perturbed(self) -> bool:  # type: ignore[override]
         return bool(self._record.is_perturbed)
 
     @property

@@ -85,10 +85,10 @@ static void norm_increase(const Product *p, float *room) {
     float *last = room + chunk * p->rank;
     memset(p->out, 0, sizeof(float) * (size_t)p->rows);
     for (int64_t first = 0; first < p->columns; first += chunk) {
-        int64_t n = p->columns - first < chunk ? p->columns - first : chunk;
+        int64_t n = least(chunk, p->columns - first);
         pack(p, first, n, room);
         for (int64_t i = 0; i < p->rows; i += GROUP) {
-            int rows = p->rows - i < GROUP ? (int)(p->rows - i) : GROUP;
+            int rows = (int)least(GROUP, p->rows - i);
             const float *left = p->left + i * p->rank;
             if (rows < GROUP) left = memcpy(last, left, sizeof(float) * (size_t)(rows * p->rank));
             const char *w[GROUP];

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -48,15 +48,15 @@ class Part:
         self.rows, self.noise, self.lo, self.hi = rows, noise, lo, hi
         self.keep, self.copy = keep, copy
 
-    @property
-    def is_perturbed(self) -> bool:
-        """Whether the rows carry the noise right now."""
-        raise NotImplementedError
+    is_perturbed = False
+    """Whether the rows carry the noise right now."""
+
+    _journal: Any = None
 
     @property
     def nbytes(self) -> int:
         """Memory that the journal takes."""
-        return 0
+        return 0 if self._journal is None else int(self._journal.nbytes)
 
     def perturb(self) -> None:
         """``rows += eps``."""
@@ -72,7 +72,7 @@ class Part:
 
     def forget(self) -> None:
         """Leaves the rows as they are: they belong to somebody else now."""
-        raise NotImplementedError
+        self.is_perturbed, self._journal = False, None
 
     @classmethod
     def perturb_all(cls: type[P], parts: Sequence[P]) -> None:

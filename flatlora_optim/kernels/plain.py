@@ -66,7 +66,6 @@ def probes(weight: Tensor) -> Tensor:
 
 
 class Part(part.Part):
-    is_perturbed = False
     _journal: Journal | None = None
 
     def perturb(self) -> None:
@@ -86,13 +85,6 @@ class Part(part.Part):
 
     def clean(self, copy: Tensor) -> None:
         copy.copy_(self._clean(copy))
-
-    def forget(self) -> None:
-        self.is_perturbed, self._journal = False, None
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self._journal is None else self._journal.nbytes
 
     def _clean(self, rows: Tensor) -> Tensor:
         if self.copy is not None:

@@ -15,6 +15,8 @@
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 static inline size_t width_of(int format) { return format == FLOAT32 ? 4 : 2; }
 
 static inline float as_float(uint32_t bits) {

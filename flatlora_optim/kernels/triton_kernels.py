@@ -230,7 +230,6 @@ probes = plain.probes
 
 
 class Part(part.Part):
-    is_perturbed = False
     _journal: TileJournal | None = None
 
     def perturb(self) -> None:
@@ -250,13 +249,6 @@ class Part(part.Part):
 
     def clean(self, copy: Tensor) -> None:
         self._restore(copy, torch.empty(1, dtype=torch.int32, device=copy.device))
-
-    def forget(self) -> None:
-        self.is_perturbed, self._journal = False, None
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self._journal is None else self._journal.nbytes
 
     def _restore(self, rows: Tensor, done: Tensor) -> None:
         if self.copy is None:

@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,13 +21,7 @@ from flatlora_optim import FlatLoRAOptimizer
 from flatlora_optim.noise import GaussianNoise, NoiseKey
 from helpers import OwnLoRA, changed_weights, fingerprint, flatlora, int_view, lora_mlp, loss_of, mlp_batch
 
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def large_layer(seed: int, dtype: torch.dtype = torch.float32) -> OwnLoRA:
