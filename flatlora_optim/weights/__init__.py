@@ -1,0 +1,65 @@
+"""Reading frozen weights, however they are stored.
+
+Row scales and virtual perturbation need a weight's values in float32, a few rows at a time.
+Quantized layers are recognized by the shape of their objects, so no quantizer is imported
+before a layer of its own has been seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..sharding import is_sharded, local_part
+from .base import FrozenWeight, UnsupportedAdapterError
+from .dense import DenseWeight
+from .quantized import Bnb4bitWeight, Bnb8bitWeight, OpaqueWeight, own_forward
+
+__all__ = ["DenseWeight", "FrozenWeight", "UnsupportedAdapterError", "own_forward", "read_weight"]
+
+_DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int, name: str = "weight") -> FrozenWeight:
+    """Chooses how the frozen weight of ``owner`` is read."""
+    weight = getattr(owner, name, None)
+    # A parametrized weight is computed anew at each look: what is written to it is lost.
+    if is_sharded(weight) or (_is_plain(weight) and weight is getattr(owner, name)):
+        if not _is_plain(local_part(weight)):
+            raise UnsupportedAdapterError("its weight is both quantized and sharded")
+        return DenseWeight(owner, row_dim, name)
+    if name != "weight":
+        raise UnsupportedAdapterError(f"its {name!r} is no floating-point matrix that can be written")
+    if type(weight).__name__ == "Params4bit":
+        if all(getattr(holder, "quant_state", None) is None for holder in (weight, owner)):
+            raise UnsupportedAdapterError("not quantized yet: move the model to its device first")
+        return Bnb4bitWeight(owner)
+    state: Any = getattr(owner, "state", None)
+    if type(weight).__name__ == "Int8Params" and state is not None:
+        if state.has_fp16_weights:
+            raise UnsupportedAdapterError("quantizes a float16 weight in each forward (`has_fp16_weights`)")
+        if all(getattr(holder, "SCB", None) is None for holder in (weight, state)):
+            raise UnsupportedAdapterError("not quantized yet: move the model to its device first")
+        return Bnb8bitWeight(owner)
+    rows = getattr(layer, "out_features", None) or getattr(owner, "out_features", None)
+    columns = getattr(layer, "in_features", None) or getattr(owner, "in_features", None)
+    if not (isinstance(rows, int) and isinstance(columns, int)):
+        raise UnsupportedAdapterError(
+            f"the weight of {type(owner).__name__} can't be read and its in_features and "
+            "out_features are unknown"
+        )
+    tensors: tuple[Tensor, ...] = (*owner.parameters(), *owner.buffers())
+    device = next((t.device for t in tensors), torch.device("cpu"))
+    return OpaqueWeight(owner, (rows, columns), device)
+
+
+def _is_plain(weight: object) -> bool:
+    """Whether in-place arithmetic on the tensor means what it says (no packed or wrapped data)."""
+    return (
+        type(weight) in (nn.Parameter, Tensor)
+        and isinstance(weight, Tensor)
+        and weight.dtype in _DENSE_DTYPES
+        and weight.ndim >= 2
+    )

@@ -1,0 +1,125 @@
+"""The interface of all frozen weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.plain import increase_of_projected
+from ..noise import Grid
+
+W = TypeVar("W", bound="FrozenWeight")
+
+Factors = tuple[Tensor, Tensor]
+"""``left`` and ``right`` of a low-rank product, shapes ``(rows, r)`` and ``(r, columns)``, float32."""
+
+
+class UnsupportedAdapterError(Exception):
+    """Why an adapter layer is left unperturbed; reported once by the optimizer."""
+
+
+class FrozenWeight:
+    """A weight matrix of ``rows`` output neurons by ``columns`` inputs.
+
+    ``shape`` is the stored shape. With ``row_dim`` 1 the storage is transposed (GPT-2's
+    ``Conv1D``): dim 0 is the input.
+    """
+
+    kind = ""
+
+    def __init__(self, layer: nn.Module, row_dim: int = 0) -> None:
+        self.layer: Any = layer
+        self.row_dim = row_dim
+
+    @property
+    def shape(self) -> torch.Size:
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        raise NotImplementedError
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this process holds all of it."""
+        return True
+
+    @property
+    def rows(self) -> int:
+        return self.shape[self.row_dim]
+
+    @property
+    def columns(self) -> int:
+        return self.shape.numel() // max(1, self.rows)
+
+    def grid(self, first_block: int = 0) -> Grid:
+        return Grid(self.shape[0], self.shape[1:].numel(), self.device.type, first_block)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """A new tensor with the weight's values. Shape ``shape``."""
+        raise NotImplementedError
+
+    def slices(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yields ``(lo, hi, values)``: float32 rows ``[lo, hi)`` along dim 0 of the whole weight.
+
+        Of a sharded weight, only what this process holds: then ``values`` has the elements
+        ``grid().columns`` of these rows.
+        """
+        raise NotImplementedError
+
+    def row_norms_squared(self) -> Tensor:
+        """``||W[i, :]||^2``, shape ``(rows,)``; here and below, of the local part alone."""
+        columns = self.grid().columns
+        total = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
+        for lo, hi, values in self.slices():
+            if self.row_dim == 0:
+                total[lo:hi] = values.square().sum(1)
+            else:
+                total[columns] += values.square().sum(0)
+        return total
+
+    def project(self, right: Tensor) -> Tensor:
+        """``W @ right.T`` for ``right`` of shape ``(r, columns)``: shape ``(rows, r)``.
+
+        For quantized weights, which are whole and not transposed.
+        """
+        out = torch.empty(self.rows, right.shape[0], dtype=torch.float32, device=self.device)
+        for lo, hi, values in self.slices():
+            torch.mm(values, right.T, out=out[lo:hi])
+        return out
+
+    @classmethod
+    def norm_increases(cls: type[W], weights: Sequence[W], factors: Sequence[Factors]) -> list[Tensor]:
+        """``||(W + left @ right)[i, :]||^2 - ||W[i, :]||^2`` of weights of this kind, shape ``(rows,)``."""
+        return [
+            increase_of_projected(weight.project(right), left, right)
+            for weight, (left, right) in zip(weights, factors, strict=True)
+        ]
+
+    def row_dots(self, other: Tensor) -> Tensor:
+        """``<W[i, :], other[i, :]>`` for ``other`` of the stored shape: shape ``(rows,)``."""
+        columns = self.grid().columns
+        total = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
+        for lo, hi, values in self.slices():
+            products = values * other[lo:hi].flatten(1)[:, columns]
+            if self.row_dim == 0:
+                total[lo:hi] = products.sum(1)
+            else:
+                total[columns] += products.sum(0)
+        return total
+
+    def sum_over_parts(self, partial: Tensor) -> Tensor:
+        """What the parts of a sharded weight add up to. Called by all processes in the same order."""
+        return partial
+
+    def identity(self) -> object:
+        """The object that layers with a tied weight have in common."""
+        return self.layer.weight
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Changes whenever the weight may have changed, so that cached norms can be dropped."""
+        tensor = self.layer.weight
+        return id(tensor), tensor.data_ptr(), tensor._version

@@ -1,0 +1,104 @@
+"""Weights that are ordinary floating-point parameters, whole or sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import kernels_of
+from ..kernels.plain import Product
+from ..noise import Grid
+from ..sharding import is_sharded, local_part, region, sum_over_parts
+from .base import Factors, FrozenWeight
+
+
+class DenseWeight(FrozenWeight):
+    """An ordinary floating-point parameter, which may be written in place."""
+
+    kind = "dense"
+
+    def __init__(self, layer: nn.Module, row_dim: int = 0, name: str = "weight") -> None:
+        super().__init__(layer, row_dim)
+        self.name = name
+
+    @property
+    def tensor(self) -> Tensor:
+        # nn.Module's own lookup is slow, and this is asked for again and again.
+        tensor: Tensor | None = self.layer._parameters.get(self.name)
+        return getattr(self.layer, self.name) if tensor is None else tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    @property
+    def is_whole(self) -> bool:
+        return not is_sharded(self.tensor)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.tensor.detach().to(dtype, copy=True)
+
+    def slices(self) -> Iterator[tuple[int, int, Tensor]]:
+        local, grid = local_part(self.tensor), self.grid()
+        for lo, hi in grid.spans(local.shape[0]):
+            yield grid.first_row + lo, grid.first_row + hi, local[lo:hi].float().flatten(1)
+
+    @classmethod
+    def norm_increases(  # type: ignore[override]
+        cls, weights: Sequence[DenseWeight], factors: Sequence[Factors]
+    ) -> list[Tensor]:
+        increases: list[Tensor] = []
+        for device, some in groupby(zip(weights, factors, strict=True), lambda pair: pair[0].device):
+            pairs = list(some)
+            products = [weight._product(*each) for weight, each in pairs]
+            local = kernels_of(device).norm_increases(products)
+            increases += [weight._of_all_rows(part) for (weight, _), part in zip(pairs, local, strict=True)]
+        return increases
+
+    def _product(self, left: Tensor, right: Tensor) -> Product:
+        local = local_part(self.tensor).flatten(1)
+        if not self.is_whole:
+            rows, columns = self._region()
+            left, right = left[rows], right[:, columns]
+        return local.T if self.row_dim else local, left, right
+
+    def _of_all_rows(self, values: Tensor) -> Tensor:
+        """Values for the rows of the local part, with zeros for the other rows."""
+        if len(values) == self.rows:
+            return values
+        out = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
+        out[self._region()[0]] = values
+        return out
+
+    def _region(self) -> tuple[slice, slice]:
+        """Which rows (output neurons) and columns (inputs) the local part holds."""
+        grid = self.grid()
+        dims = slice(grid.first_row, grid.first_row + local_part(self.tensor).shape[0]), grid.columns
+        rows, columns = reversed(dims) if self.row_dim else dims
+        return rows, columns
+
+    def grid(self, first_block: int = 0) -> Grid:
+        grid = super().grid(first_block)
+        if self.is_whole:
+            return grid
+        first_row, columns = region(self.tensor)
+        return grid._replace(first_row=first_row, columns=columns)
+
+    def sum_over_parts(self, partial: Tensor) -> Tensor:
+        return sum_over_parts(partial, self.tensor)
+
+    def identity(self) -> object:
+        return self.tensor
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        tensor = self.tensor
+        local = local_part(tensor) if is_sharded(tensor) else tensor
+        return id(tensor), local.data_ptr(), tensor._version

@@ -1,0 +1,170 @@
+"""Weights that a quantizer has packed: they can be read, and not written."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import FrozenWeight
+
+
+class Bnb4bitWeight(FrozenWeight):
+    """bitsandbytes NF4 or FP4 (``Linear4bit``)."""
+
+    kind = "bnb-4bit"
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        try:
+            import bitsandbytes.functional as functional
+        except ImportError as error:
+            raise ImportError(
+                f"{type(layer).__name__} has a 4-bit weight of bitsandbytes, which can't be imported: "
+                "pip install 'flatlora-optim[qlora]'"
+            ) from error
+        self._functional = functional
+
+    def _quant_state(self) -> Any:
+        state = getattr(self.layer.weight, "quant_state", None)
+        return state if state is not None else self.layer.quant_state
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self._quant_state().shape)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.layer.weight.device
+        return device
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        packed, state = self.layer.weight.data, copy.copy(self._quant_state())
+        if getattr(state, "packing_format_for_cpu", False):
+            packed = self._unpack(packed, state)
+        state.dtype = dtype  # dequantized into it at once, as bitsandbytes' forward does
+        values: Tensor = self._functional.dequantize_4bit(packed, state)
+        return values
+
+    def _unpack(self, packed: Tensor, state: Any) -> Tensor:
+        """Undoes the layout that an evaluation on a CPU with AVX512-BF16 gives the weight.
+
+        bitsandbytes' own inverse does so for the codes, but not always for ``absmax``.
+        """
+        state.original_nested = False
+        packed, _ = self._functional._convert_weight_packed_for_cpu_inverse(packed, state)
+        state.absmax = state.absmax.T.reshape(-1).float()
+        return packed
+
+    def slices(self) -> Iterator[tuple[int, int, Tensor]]:
+        values = self.dense(self._quant_state().dtype)
+        for lo, hi in self.grid().spans(self.shape[0]):
+            yield lo, hi, values[lo:hi].float()
+
+
+class Bnb8bitWeight(FrozenWeight):
+    """bitsandbytes LLM.int8 (``Linear8bitLt``)."""
+
+    kind = "bnb-8bit"
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """Codes, shape (m, n), int8, and their row scales, shape (m,)."""
+        state, weight = self.layer.state, self.layer.weight
+        codes = next(c for c in (state.CB, getattr(weight, "CB", None), weight.data) if c is not None)
+        scales = next(s for s in (state.SCB, getattr(weight, "SCB", None)) if s is not None)
+        return codes, scales
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._parts()[0].shape
+
+    @property
+    def device(self) -> torch.device:
+        return self._parts()[0].device
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self._dequantized(*self._parts(), dtype)
+
+    def slices(self) -> Iterator[tuple[int, int, Tensor]]:
+        codes, scales = self._parts()
+        for lo, hi in self.grid().spans(self.shape[0]):
+            yield lo, hi, self._dequantized(codes[lo:hi], scales[lo:hi], torch.float32)
+
+    @staticmethod
+    def _dequantized(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        # The very operations of MatMul8bitLt.backward, so that its gradient is met to the bit.
+        values = codes.to(dtype, copy=True)
+        return values.mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
+
+
+class OpaqueWeight(FrozenWeight):
+    """Any other frozen linear layer: all that is known of it is a working forward.
+
+    ``W`` is read by sending rows of the identity matrix through the layer.
+    """
+
+    kind = "opaque"
+
+    def __init__(self, layer: nn.Module, shape: tuple[int, int], device: torch.device) -> None:
+        super().__init__(layer)
+        self._shape = torch.Size(shape)
+        self._device = device
+        self._dtype = _compute_dtype(layer)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._shape
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @torch.no_grad()
+    def _apply(self, x: Tensor) -> Tensor:
+        """``x @ W.T``, without the bias."""
+        forward = own_forward(self.layer)
+        x = x.to(self._dtype)
+        output: Tensor = forward(x) - forward(torch.zeros_like(x[:1]))
+        return output.float()
+
+    def row_norms_squared(self) -> Tensor:
+        total = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
+        for lo in range(0, self.columns, 128):
+            basis = torch.zeros(min(128, self.columns - lo), self.columns, device=self.device)
+            basis.diagonal(lo).fill_(1.0)
+            total += self._apply(basis).square().sum(0)
+        return total
+
+    def project(self, right: Tensor) -> Tensor:
+        return self._apply(right).T
+
+    def row_dots(self, other: Tensor) -> Tensor:
+        raise NotImplementedError("row_dots needs a weight that can be dequantized")
+
+    def identity(self) -> object:
+        return self.layer
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        return (id(self.layer),)
+
+
+def own_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The forward that the layer has when there is no noise."""
+    if "flatlora_forward" in layer.__dict__:
+        replaced: Callable[[Tensor], Tensor] | None = layer.__dict__["flatlora_forward"]
+        return replaced or MethodType(type(layer).forward, layer)
+    return layer.forward
+
+
+def _compute_dtype(layer: nn.Module) -> torch.dtype:
+    for holder in (layer, getattr(layer, "weight", None)):
+        for name in ("compute_dtype", "dtype"):
+            dtype = getattr(holder, name, None)
+            if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+                return dtype
+    bias = getattr(layer, "bias", None)
+    return bias.dtype if isinstance(bias, Tensor) else torch.get_default_dtype()
