@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import flatlora_optim
 from flatlora_optim import FlatLoRAOptimizer
 from flatlora_optim.kernels import journal as journals
+from flatlora_optim.kernels import native
 from flatlora_optim.kernels.journal import Journal, narrowed
 from helpers import (
     OwnLoRA,
@@ -40,6 +42,18 @@ SHAPES = st.one_of(
     st.sampled_from([(300, 300), (3, 70_001), (67_000, 2)]),
 )
 LAYOUTS = ["contiguous", "transposed", "strided", "channels_last"]
+
+
+@pytest.fixture(scope="module", params=["native", "plain"])
+def either_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.param == "native":
+        if not native.is_available():
+            pytest.skip("needs a C compiler")
+        yield
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "takes", lambda noise, weight: False)
+            yield
 
 
 def weight_values(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> Tensor:
@@ -71,6 +85,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     return values
 
 
+@pytest.mark.usefixtures("either_kernels")
 @given(
     shape=SHAPES,
     dtype=st.sampled_from(DTYPES),
@@ -109,6 +124,7 @@ def test_every_weight_comes_back(
     assert layer.weight.stride() == strides
 
 
+@pytest.mark.usefixtures("either_kernels")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("restore", BIT_EXACT)
 def test_real_adapter_layers_come_back(dtype: torch.dtype, restore: str) -> None:
@@ -127,6 +143,7 @@ def test_real_adapter_layers_come_back(dtype: torch.dtype, restore: str) -> None
             optimizer.step()
 
 
+@pytest.mark.usefixtures("either_kernels")
 def test_rows_that_are_not_finite_get_no_noise_and_the_others_do() -> None:
     weight = torch.randn(5, 64)
     weight[1, 3], weight[2, 0], weight[3, 5] = float("nan"), float("inf"), float("-inf")
@@ -139,6 +156,7 @@ def test_rows_that_are_not_finite_get_no_noise_and_the_others_do() -> None:
     assert torch.equal(int_view(layer.weight), int_view(weight))
 
 
+@pytest.mark.usefixtures("either_kernels")
 def test_noise_does_not_overflow_float16() -> None:
     largest = torch.finfo(torch.float16).max
     weight = torch.full((8, 512), largest, dtype=torch.float16) * torch.tensor([1, -1]).repeat(256)
@@ -157,6 +175,7 @@ def typical_layer(dtype: torch.dtype) -> OwnLoRA:
     return layer
 
 
+@pytest.mark.usefixtures("either_kernels")
 @pytest.mark.parametrize(("dtype", "bytes_per_element"), [(torch.bfloat16, 0.20), (torch.float32, 0.45)])
 def test_the_journal_is_small_and_freed(dtype: torch.dtype, bytes_per_element: float) -> None:
     layer = typical_layer(dtype)
@@ -238,6 +257,7 @@ def test_a_snapshot_costs_the_weight() -> None:
     assert optimizer.memory() == layer.weight.numel() * 2
 
 
+@pytest.mark.usefixtures("either_kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_subtract_holds_nothing_and_drifts_in_the_low_bits(dtype: torch.dtype) -> None:
     layer = typical_layer(dtype)
