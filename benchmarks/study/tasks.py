@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -434,20 +435,34 @@ class Arithmetic(Task[list[Exercise]]):
 
     @staticmethod
     def _predictions(model: nn.Module, batch: list[Exercise]) -> tuple[Tensor, Tensor]:
-        """Logits and labels of the answers' tokens only, to spare the rest of the vocabulary layer."""
-        length = max(len(ids) for ids, _ in batch)
+        """Logits and labels of the answers' tokens only.
+
+        Half of the work is spared: what all questions begin with is computed once, and the vocabulary
+        layer for the answers alone.
+        """
+        model = model.get_base_model()
+        columns = zip(*(ids[: start - 1] for ids, start in batch), strict=False)
+        shared = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, columns)]
+        past = model.model(input_ids=torch.tensor([shared]), use_cache=True).past_key_values
+        past.batch_repeat_interleave(len(batch))
+
+        begin, length = len(shared), max(len(ids) for ids, _ in batch)
         kept = max(len(ids) - start for ids, start in batch)
-        # Padded on the left: the answers end together.
-        ids = torch.tensor([[0] * (length - len(ids)) + ids for ids, _ in batch])
-        mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids, _ in batch])
+        # Padded between the two parts: the answers end together.
+        ids = torch.tensor([[0] * (length - len(ids)) + ids[begin:] for ids, _ in batch])
+        mask = torch.tensor(
+            [[1] * begin + [0] * (length - len(ids)) + [1] * (len(ids) - begin) for ids, _ in batch]
+        )
         labels = torch.full((len(batch), kept), -100)
         for row, (tokens, start) in enumerate(batch):
             labels[row, kept - len(tokens) + start :] = torch.tensor(tokens[start:])
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept + 1
-        ).logits[:, :-1]
-        return logits, labels
+        states = model.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=mask.cumsum(1)[:, begin:] - 1,
+            past_key_values=past,
+        ).last_hidden_state
+        return model.lm_head(states[:, -kept - 1 : -1].contiguous()), labels
 
     @torch.no_grad()
     def _exact(self, model: nn.Module, exercises: list[Exercise]) -> float:
