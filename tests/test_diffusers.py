@@ -149,4 +149,4 @@ def test_example_learns(tmp_path: Path) -> None:
     result = re.search(r"^Result: validation loss ([\d.]+)", done.stdout, re.MULTILINE)
     assert result, done.stdout
     assert float(result[1]) < 0.8  # 1 is to predict no noise at all
-    assert (tmp_path / "text_to_image_lora.pt").exists()
+    assert (tmp_path / "outputs" / "text_to_image" / "pytorch_lora_weights.safetensors").exists()

@@ -351,7 +351,7 @@ def test_gaussian_noise_is_made_while_it_is_added(
 @needs_compiler
 def test_the_library_is_built_once(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.is_available()
-    (kept,) = (fresh_build / "cache" / "flatlora_optim").iterdir()
+    (kept,) = (fresh_build / "cache" / "flatlora-optim").iterdir()
     library.library_or_none.cache_clear()
     monkeypatch.setattr(library.subprocess, "run", lambda *_, **__: pytest.fail("was built again"))
     assert native.is_available()
@@ -362,7 +362,7 @@ def test_the_library_is_built_once(fresh_build: Path, monkeypatch: pytest.Monkey
 def test_the_library_is_built_with_the_optimizer(fresh_build: Path) -> None:
     kernels_of.cache_clear()
     flatlora(lora_mlp())
-    assert list((fresh_build / "cache" / "flatlora_optim").iterdir())
+    assert list((fresh_build / "cache" / "flatlora-optim").iterdir())
 
 
 @needs_compiler
@@ -378,7 +378,7 @@ def test_a_home_that_can_not_be_written_is_no_obstacle(
 @needs_compiler
 def test_a_damaged_library_is_built_again(fresh_build: Path) -> None:
     assert native.is_available()
-    (kept,) = (fresh_build / "cache" / "flatlora_optim").iterdir()
+    (kept,) = (fresh_build / "cache" / "flatlora-optim").iterdir()
     kept.unlink()  # not overwritten: it is mapped into this process
     kept.write_bytes(b"cut off")
     library.library_or_none.cache_clear()

@@ -100,7 +100,7 @@ def load(compiler: str) -> ctypes.CDLL:
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "flatlora_optim"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "flatlora-optim"
 
 
 def _keep(fresh: Path, kept: Path) -> None:
