@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,10 @@ class NoiseTable:
         self._gaussian = GaussianNoise()
         self._lock = threading.RLock()  # an interrupt may keep it from being released
         self._tables: dict[torch.device, tuple[NoiseKey, Tensor]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy renews a table of its own, with the same numbers."""
+        return type(self), (self._size,)
 
     def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
         table, (start,) = self.places(key, [number], [out.numel()], out.device)

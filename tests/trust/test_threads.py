@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from flatlora_optim import FlatLoRAOptimizer
+from flatlora_optim import FlatLoRAOptimizer, NoiseTable
 from flatlora_optim.noise import GaussianNoise, NoiseKey
 from helpers import OwnLoRA, changed_weights, fingerprint, flatlora, int_view, lora_mlp, loss_of, mlp_batch
 
@@ -223,8 +223,10 @@ def train_on(model: nn.Module, optimizer: FlatLoRAOptimizer, steps: range) -> li
 
 
 @pytest.mark.parametrize("copied", COPIES)
-@pytest.mark.parametrize("noise", ["gaussian", "table"])
-def test_a_copy_of_model_and_optimizer_goes_on_by_itself(copied: Callable[[Any], Any], noise: str) -> None:
+@pytest.mark.parametrize(
+    "noise", ["gaussian", "table", NoiseTable(1 << 16)], ids=["gaussian", "table", "own table"]
+)
+def test_a_copy_of_model_and_optimizer_goes_on_by_itself(copied: Callable[[Any], Any], noise: Any) -> None:
     model = lora_mlp()
     clean = fingerprint(model)
     options = {"base": torch.optim.AdamW, "lr": 0.01, "schedule": "cosine", "total_steps": 9, "noise": noise}
