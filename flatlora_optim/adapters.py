@@ -43,8 +43,8 @@ class Target:
         self.layer: Any = layer
         self.owner = owner
         self.weight = weight
-        self.aliases: list[nn.Module] = []
-        """Further modules that share this weight; it is perturbed once, for all of them."""
+        self.tied: list[Target] = []
+        """Further adapter layers on the same weight; it is perturbed once, for all of them."""
         self.first_block = 0
 
     @classmethod
@@ -72,13 +72,32 @@ class Target:
         return Noise(source, key, self.weight.grid(self.first_block), scales, self.weight.row_dim)
 
     @property
+    def sharing(self) -> list[Target]:
+        """This target, and those whose weight is the same."""
+        return [self, *self.tied]
+
+    @property
     def owners(self) -> list[nn.Module]:
-        return [self.owner, *self.aliases]
+        return list({id(each.owner): each.owner for each in self.sharing}.values())
 
     @property
     def merged(self) -> bool:
-        """Whether the adapter has been written into the base weight."""
-        return bool(getattr(self.layer, "merged", False))
+        """Whether an adapter has been written into the base weight."""
+        return any(getattr(each.layer, "merged", False) for each in self.sharing)
+
+    def low_rank(self, left: Tensor, right: Tensor) -> LowRank:
+        """
+        Raises:
+            ValueError: The product is not of the weight's shape.
+        """
+        rows, columns = self.weight.rows, self.weight.columns
+        if left.shape != (rows, len(right)) or right.shape[1:] != (columns,):
+            raise ValueError(
+                f"{self.name or 'module'}: B @ A has shapes {tuple(left.shape)} @ {tuple(right.shape)}, but "
+                f"the weight has {rows} output neurons and {columns} inputs; check lora_A, lora_B (shapes "
+                "(r, n) and (m, r)) and `transposed`"
+            )
+        return LowRank(left, right)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {self.weight.kind}, {tuple(self.weight.shape)})"
@@ -86,6 +105,9 @@ class Target:
 
 class PeftLoRA(Target):
     """PEFT's LoRA on Linear, ``Conv1D``, convolution or Embedding, dense or quantized."""
+
+    VARIANTS: ClassVar[tuple[str, ...]] = ("ALora", "Dora", "MiCA", "Velora", "_Dora")
+    """Those whose forward adds ``B @ A``, at least to a part of the tokens."""
 
     @classmethod
     def match(cls, name: str, module: nn.Module) -> Target | None:
@@ -106,8 +128,17 @@ class PeftLoRA(Target):
                 "PEFT's adapter on a grouped convolution mixes channels that the weight keeps apart, "
                 "so there is no merged weight to take the strength of the noise from"
             )
+        unknown = {type(variant).__name__ for variant in getattr(module, "lora_variant", {}).values()}
+        unknown = {variant for variant in unknown if not variant.startswith(cls.VARIANTS)}
+        if unknown:
+            raise UnsupportedAdapterError(f"{', '.join(unknown)} of PEFT does not add B @ A to the weight")
         row_dim = 1 if _is_transposed(module, owner) else 0
-        return cls(name, module, owner, read_weight(owner, module, row_dim))
+        target = cls(name, module, owner, read_weight(owner, module, row_dim))
+        try:
+            target.delta()
+        except ValueError as error:
+            raise UnsupportedAdapterError(str(error)) from None
+        return target
 
     def _active(self) -> Iterator[tuple[str, Any, Any]]:
         if getattr(self.layer, "disable_adapters", False):
@@ -136,8 +167,8 @@ class PeftLoRA(Target):
         a, b = _values(a, self.weight.device), _values(b, self.weight.device)
         if adapter in getattr(self.layer, "lora_embedding_A", ()):
             # Stored (tokens, dim) = A.T @ B.T: a row is what the layer outputs for one token.
-            return LowRank(a.T * scaling, b.T)
-        return LowRank(b.flatten(1) * scaling, a.flatten(1))
+            return self.low_rank(a.T * scaling, b.T)
+        return self.low_rank(b.flatten(1) * scaling, a.flatten(1))
 
 
 class PeftAdditive(Target):
@@ -202,7 +233,7 @@ class HandWrittenLoRA(Target):
 
     @classmethod
     def match(cls, name: str, module: nn.Module) -> Target | None:
-        parts = module.__dict__.get("flatlora_registration")
+        registered = parts = module.__dict__.get("flatlora_registration")
         if parts is None:
             if not (
                 isinstance(getattr(module, "lora_A", None), nn.Parameter)
@@ -215,23 +246,21 @@ class HandWrittenLoRA(Target):
                     "its weight is stored transposed (`fan_in_fan_out`); describe it by "
                     "`flatlora_optim.register(module, ..., transposed=True)`"
                 )
-            if _find(module, "weight").ndim != 2:
+            if _find(module, "weight").ndim != 2 or isinstance(module, nn.Embedding):
                 raise UnsupportedAdapterError(
-                    "only 2-D loralib-style weights are recognized; describe it by `register`"
+                    "of loralib-style layers only Linear is recognized; describe it by `register` (an "
+                    "Embedding with `transposed=True`)"
                 )
         path, _, attribute = parts.weight.rpartition(".")
         owner = module.get_submodule(path)
         weight = read_weight(owner, module, int(parts.transposed), attribute)
         target = cls(name, module, owner, weight, parts)
-        delta = target.delta()
-        if delta is not None:
-            product = (delta.left.shape[0], delta.right.shape[1])
-            if product != (weight.rows, weight.columns):
-                raise ValueError(
-                    f"{name or 'module'}: B @ A has shape {product}, but the weight has "
-                    f"{weight.rows} output neurons and {weight.columns} inputs; check lora_A, "
-                    "lora_B (shapes (r, n) and (m, r)) and `transposed`"
-                )
+        try:
+            target.delta()
+        except ValueError as error:
+            if registered is None:
+                raise UnsupportedAdapterError(str(error)) from None
+            raise
         return target
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
@@ -249,7 +278,7 @@ class HandWrittenLoRA(Target):
             scaling = float(_find(self.layer, scaling))
         left = _values(_find(self.layer, parts.lora_B), device).flatten(1)
         right = _values(_find(self.layer, parts.lora_A), device).flatten(1)
-        return LowRank(left * scaling, right)
+        return self.low_rank(left * scaling, right)
 
 
 TARGET_TYPES: list[type[Target]] = [HandWrittenLoRA, PeftLoRA, PeftAdditive]
@@ -339,11 +368,16 @@ def _is_transposed(layer: nn.Module, owner: nn.Module) -> bool:
 def _sum_of_deltas(target: Target, adapters: Iterable[str]) -> Tensor | None:
     """The dense products that PEFT itself makes, in the weight's stored shape."""
     total: Tensor | None = None
-    with gathered(target.layer, target.adapter_parameters()):
-        for adapter in adapters:
-            term: Tensor = target.layer.get_delta_weight(adapter)
-            term = term.detach().to(target.weight.device, torch.float32).reshape(target.weight.shape)
-            total = term if total is None else total + term
+    layer, training = target.layer, target.layer.training
+    try:
+        layer.training = False  # earlier releases of PEFT apply their rank dropout here, too
+        with gathered(layer, target.adapter_parameters()):
+            for adapter in adapters:
+                term: Tensor = layer.get_delta_weight(adapter)
+                term = term.detach().to(target.weight.device, torch.float32).reshape(target.weight.shape)
+                total = term if total is None else total + term
+    finally:
+        layer.training = training
     return total
 
 

@@ -91,7 +91,9 @@ def _norms_of_batch(rows: Sequence[RowNorms]) -> list[Tensor | None]:
     norms: list[Tensor | None] = [None] * len(rows)
     low_rank: dict[type[FrozenWeight], list[tuple[int, LowRank]]] = {}
     for i, each in enumerate(rows):
-        delta = each.target.delta()
+        # Of several adapters on one weight, the first that is active.
+        every = (target.delta() for target in each.target.sharing)
+        delta = next((delta for delta in every if delta is not None), None)
         if isinstance(delta, LowRank):
             low_rank.setdefault(type(each.target.weight), []).append((i, delta))
         elif delta is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from torch import nn
 
-from .adapters import TARGET_TYPES, Target, has
+from .adapters import TARGET_TYPES, Target, has, innermost_base_layer
 from .sharding import check_engine
 from .weights import DenseWeight, UnsupportedAdapterError
 
@@ -37,12 +38,16 @@ def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lamb
     """
     check_engine(model)
     found = Discovery()
-    by_weight: dict[int, Target] = {}
+    by_weight: dict[Hashable, Target] = {}
     for name, module in model.named_modules():
         try:
             target = _match(name, module)
         except UnsupportedAdapterError as error:
             found.skipped[name] = str(error)
+            continue
+        attention = _merged_attention(name, model)
+        if target is not None and attention is not None:
+            found.skipped[name] = f"PEFT merges it in each forward of the attention layer {attention}"
             continue
         reason = _unknown_adapter(module) if target is None else accept(target)
         if reason is not None:
@@ -50,11 +55,16 @@ def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lamb
         if target is None or reason is not None:
             continue
         _check(target)
-        first = by_weight.setdefault(id(target.weight.identity()), target)
-        if first is not target:
-            first.aliases.append(target.owner)
-            continue
-        found.targets.append(target)
+        first = by_weight.setdefault(target.weight.identity(), target)
+        if first is target:
+            found.targets.append(target)
+        elif first.weight.row_dim == target.weight.row_dim:
+            first.tied.append(target)
+        else:
+            found.skipped[name] = (
+                f"it shares its weight with {first.name}, which is stored the other way round"
+            )
+    _check_overlap(found.targets)
     block = 0
     for target in found.targets:
         target.first_block = block
@@ -74,6 +84,33 @@ def _unknown_adapter(module: nn.Module) -> str | None:
     if has(module, "base_layer", "active_adapters", "adapter_layer_names"):
         return f"{type(module).__name__} does not add a product to its base weight that is known here"
     return None
+
+
+def _merged_attention(name: str, model: nn.Module) -> str | None:
+    """The adapted ``nn.MultiheadAttention`` that the module is a part of."""
+    path = name.split(".")
+    outer = [".".join(path[:end]) for end, part in enumerate(path) if part == "base_layer"]
+    return next(
+        (
+            layer
+            for layer in outer
+            if hasattr(innermost_base_layer(model.get_submodule(layer)), "in_proj_weight")
+        ),
+        None,
+    )
+
+
+def _check_overlap(targets: list[Target]) -> None:
+    """Raises ValueError if two weights have a part of their memory in common."""
+    weights = ((target.name, target.weight) for target in targets)
+    places = [(*weight.memory(), name) for name, weight in weights if isinstance(weight, DenseWeight)]
+    places.sort(key=lambda place: (str(place[0]), place[1]))
+    for (device, _, end, name), (other_device, start, _, other) in pairwise(places):
+        if device == other_device and start < end:
+            raise ValueError(
+                f"the weights of {name} and {other} share a part of their memory, and noise on one of them "
+                "would be on the other; give each memory of its own (`clone()`)"
+            )
 
 
 def _check(target: Target) -> None:

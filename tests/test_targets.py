@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from flatlora_optim import FlatLoRAOptimizer, find_targets, register
@@ -29,6 +29,7 @@ from helpers import (
     loss_of,
     mlp_batch,
     trainable,
+    untouched_rng,
     with_lora,
 )
 
@@ -205,10 +206,71 @@ class TestSkipped:
         assert list(skipped_by(optimizer)) == ["fc2"]
         assert "target_parameters" in skipped_by(optimizer)["fc2"]
 
-    def test_attention_whose_weight_peft_merges_in_each_forward(self) -> None:
-        inner = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "fc1": nn.Linear(8, 8)})
-        optimizer = flatlora(with_lora(inner, ["attention", "fc1"]))
-        assert "in_proj_weight" in skipped_by(optimizer)["attention"]
+    def test_attention_whose_weights_peft_merges_in_each_forward(self) -> None:
+        class Attending(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.attention, self.fc1 = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.fc1(self.attention(x, x, x)[0])
+
+        model = with_lora(Attending(), ["attention", "fc1"])
+        before = fingerprint(model)
+        clean = {name: model.get_parameter(name).detach().clone() for name in before}
+        optimizer = flatlora(model)
+        skipped = skipped_by(optimizer)
+        assert "in_proj_weight" in skipped["attention"]
+        assert "merges it in each forward" in skipped["attention.base_layer.out_proj"]
+        for _ in range(3):
+            model(torch.randn(2, 3, 8)).sum().backward()
+            assert f"{FC1}.base_layer.weight" in changed_weights(model, before)
+            optimizer.step()
+            # PEFT's own merging and unmerging rounds.
+            assert f"{FC1}.base_layer.weight" not in changed_weights(model, before)
+            assert all(torch.allclose(model.get_parameter(name), clean[name], atol=1e-6) for name in before)
+
+    def test_loralib_layers_other_than_linear(self) -> None:
+        embedding = nn.Embedding(6, 6).requires_grad_(False)
+        embedding.lora_A, embedding.lora_B = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(6, 2))
+        embedding.scaling = 1.0
+        merged = Loralib(6, 12)  # of the shapes of loralib's MergedLinear
+        merged.lora_A, merged.lora_B = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(12, 2))
+        optimizer = flatlora(nn.ModuleList([Loralib(6, 6), embedding, merged]))
+        assert [target.name for target in optimizer.targets] == ["0"]
+        assert "Embedding" in optimizer.skipped["1"]
+        assert "shapes (12, 2) @ (6, 6)" in optimizer.skipped["2"]
+        register(embedding, lora_A="lora_A", lora_B="lora_B", transposed=True)
+        assert [target.name for target in find_targets(embedding).targets] == [""]
+
+    def test_variants_of_peft_that_are_no_product(self) -> None:
+        known = LoraConfig.__dataclass_fields__
+        if not {"kasa_config", "use_bdlora"} <= known.keys():
+            pytest.skip("new in PEFT 0.21")
+        from peft import BdLoraConfig, KasaConfig
+
+        variants = [
+            {"kasa_config": KasaConfig()},
+            {"use_bdlora": BdLoraConfig(nblocks=2, target_modules_bd_a=["fc2"])},
+        ]
+        for variant in [*variants, {"use_dora": True}]:
+            model = lora_mlp()
+            config = LoraConfig(target_modules=["fc2"], r=2, **variant)
+            both = nn.ModuleList([model, get_peft_model(nn.ModuleDict({"fc2": nn.Linear(16, 6)}), config)])
+            optimizer = flatlora(both)
+            assert len(optimizer.targets) == (3 if "use_dora" in variant else 2), variant
+            assert all("does not add B @ A" in reason for reason in optimizer.skipped.values())
+
+
+def test_a_product_that_does_not_fit_any_more_is_an_error() -> None:
+    layer = OwnLoRA(torch.randn(7, 5))
+    before = fingerprint(layer)
+    optimizer = flatlora(layer)
+    for lora_A in (torch.randn(3, 5), torch.randn(2, 6)):
+        layer.lora_A.data = lora_A
+        with pytest.raises(ValueError, match="B @ A has shapes"):
+            optimizer.perturb()
+        assert not changed_weights(layer, before)
 
 
 def test_an_adapter_that_is_switched_off_gets_no_noise() -> None:
@@ -257,6 +319,71 @@ def test_a_tied_weight_is_perturbed_once(targets: tuple[str, ...]) -> None:
             assert torch.equal(int_view(value), before), name
     optimizer.step()
     assert torch.equal(int_view(shared), before)
+
+
+def test_tied_layers_with_parameters_of_their_own_share_the_noise() -> None:
+    tied = TinyLM(tied=True)
+    tied.load_state_dict(tied.state_dict(), assign=True)
+    assert tied.embed.weight is not tied.lm_head.weight
+    model = with_lora(tied, ["embed", "lm_head"])
+    before = fingerprint(model)
+    for restore in ("exact", "snapshot"):
+        optimizer = flatlora(model, restore=restore)
+        assert len(optimizer.targets) == 1
+        for _ in range(3):
+            model(torch.arange(6).view(2, 3)).square().mean().backward()
+            assert len(changed_weights(model, before)) == 2
+            optimizer.step()
+            assert not changed_weights(model, before)
+
+
+def test_weights_that_overlap_are_refused() -> None:
+    memory = torch.randn(12, 5)
+    whole = [OwnLoRA(memory[:6]), OwnLoRA(memory[6:])]
+    for layer, part in zip(whole, (memory[:6], memory[6:]), strict=True):
+        layer.weight.data = part
+    assert len(find_targets(nn.ModuleList(whole)).targets) == 2
+    whole[1].weight.data = memory[5:11]
+    with pytest.raises(ValueError, match=r"0 and 1 share a part of their memory"):
+        find_targets(nn.ModuleList(whole))
+
+
+def test_all_adapters_on_a_tied_weight_count() -> None:
+    model = lora_lm(tied=True, targets=("embed", "lm_head"))
+    head = trainable(model.base_model.model.lm_head)
+    embedding = [p for p in trainable(model) if all(p is not other for other in head)]
+    groups = [{"params": embedding, "sigma": 0.0}, {"params": head, "sigma": 0.2}]
+    optimizer = FlatLoRAOptimizer(torch.optim.SGD(groups, lr=0.1), model, sigma=0.1, schedule="constant")
+    with pytest.raises(ValueError, match=r"groups of different sigma \[0.0, 0.2\]"):
+        optimizer.perturb()
+    groups[0]["sigma"] = optimizer.param_groups[0]["sigma"] = 0.2
+    before = fingerprint(model)
+    for side, other in (("embed", "lm_head"), ("lm_head", "embed")):
+        getattr(model.base_model.model, side).enable_adapters(True)
+        getattr(model.base_model.model, other).enable_adapters(False)
+        with optimizer.perturbed():
+            assert changed_weights(model, before)
+        optimizer.step()
+    model.base_model.model.lm_head.enable_adapters(False)
+    model.base_model.model.embed.enable_adapters(False)
+    with optimizer.perturbed():
+        assert not changed_weights(model, before)
+
+
+@pytest.mark.parametrize("config", [LoHaConfig, LoKrConfig])
+def test_dropout_of_ranks_has_no_part_in_the_norms(config: type) -> None:
+    """Earlier releases of PEFT drop ranks wherever the product is made, by torch's global generator."""
+    model = get_peft_model(MLP(), config(target_modules=["fc1"], r=4, rank_dropout=0.5))
+    for parameter in trainable(model):
+        nn.init.normal_(parameter)
+    optimizer = flatlora(model)
+    scales = []
+    for _ in range(2):
+        with untouched_rng(), optimizer.perturbed():
+            scales.append(optimizer._noises[0].scales)
+        optimizer.step()
+    assert torch.equal(*scales)
+    assert model.base_model.model.fc1.training
 
 
 class _Ones:

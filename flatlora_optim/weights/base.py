@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -72,14 +72,7 @@ class FrozenWeight:
 
     def row_norms_squared(self) -> Tensor:
         """``||W[i, :]||^2``, shape ``(rows,)``; here and below, of the local part alone."""
-        columns = self.grid().columns
-        total = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
-        for lo, hi, values in self.slices():
-            if self.row_dim == 0:
-                total[lo:hi] = values.square().sum(1)
-            else:
-                total[columns] += values.square().sum(0)
-        return total
+        return self._row_sums(lambda lo, hi, values: values.square())
 
     def project(self, right: Tensor) -> Tensor:
         """``W @ right.T`` for ``right`` of shape ``(r, columns)``: shape ``(rows, r)``.
@@ -102,22 +95,26 @@ class FrozenWeight:
     def row_dots(self, other: Tensor) -> Tensor:
         """``<W[i, :], other[i, :]>`` for ``other`` of the stored shape: shape ``(rows,)``."""
         columns = self.grid().columns
+        return self._row_sums(lambda lo, hi, values: values * other[lo:hi].flatten(1)[:, columns])
+
+    def _row_sums(self, terms: Callable[[int, int, Tensor], Tensor]) -> Tensor:
+        """Sums what ``terms`` makes of each of the ``slices``, over each output neuron."""
         total = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
+        columns = self.grid().columns
         for lo, hi, values in self.slices():
-            products = values * other[lo:hi].flatten(1)[:, columns]
             if self.row_dim == 0:
-                total[lo:hi] = products.sum(1)
+                total[lo:hi] = terms(lo, hi, values).sum(1)
             else:
-                total[columns] += products.sum(0)
+                total[columns] += terms(lo, hi, values).sum(0)
         return total
 
     def sum_over_parts(self, partial: Tensor) -> Tensor:
         """What the parts of a sharded weight add up to. Called by all processes in the same order."""
         return partial
 
-    def identity(self) -> object:
-        """The object that layers with a tied weight have in common."""
-        return self.layer.weight
+    def identity(self) -> Hashable:
+        """What layers with a tied weight have in common."""
+        return id(self.layer.weight)
 
     def fingerprint(self) -> tuple[Any, ...]:
         """Changes whenever the weight may have changed, so that cached norms can be dropped."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -95,8 +95,21 @@ class DenseWeight(FrozenWeight):
     def sum_over_parts(self, partial: Tensor) -> Tensor:
         return sum_over_parts(partial, self.tensor)
 
-    def identity(self) -> object:
-        return self.tensor
+    def identity(self) -> Hashable:
+        # By memory: `load_state_dict(assign=True)` gives tied layers parameters of their own.
+        local = local_part(self.tensor)
+        return (
+            (local.device, local.data_ptr(), local.shape, local.stride())
+            if local.numel()
+            else id(self.tensor)
+        )
+
+    def memory(self) -> tuple[torch.device, int, int]:
+        """Where the local part lies: device, first byte, and first byte after it."""
+        local = local_part(self.tensor)
+        last = sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
+        numel = last + 1 if local.numel() else 0
+        return local.device, local.data_ptr(), local.data_ptr() + numel * local.element_size()
 
     def fingerprint(self) -> tuple[Any, ...]:
         tensor = self.tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -145,8 +145,8 @@ class OpaqueWeight(FrozenWeight):
     def row_dots(self, other: Tensor) -> Tensor:
         raise NotImplementedError("row_dots needs a weight that can be dequantized")
 
-    def identity(self) -> object:
-        return self.layer
+    def identity(self) -> Hashable:
+        return id(self.layer)
 
     def fingerprint(self) -> tuple[Any, ...]:
         return (id(self.layer),)
@@ -155,7 +155,7 @@ class OpaqueWeight(FrozenWeight):
 def own_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """The forward that the layer has when there is no noise."""
     if "flatlora_forward" in layer.__dict__:
-        replaced: Callable[[Tensor], Tensor] | None = layer.__dict__["flatlora_forward"]
+        replaced: Callable[[Tensor], Tensor] | None = layer.__dict__["flatlora_forward"][0]
         return replaced or MethodType(type(layer).forward, layer)
     return layer.forward
 
