@@ -155,14 +155,11 @@ def check_schedule(value: object) -> None:
 
 def check_state_dict(
     state_dict: object, groups: list[dict[str, Any]], options: Iterable[str], *, custom_schedule: bool
-) -> dict[str, Any]:
+) -> None:
     """Checks a state dict against the optimizer's own groups, before anything is changed.
 
     Args:
         options: What a group says to the base optimizer: the keys of its ``defaults``.
-
-    Returns:
-        The state dict.
 
     Raises:
         TypeError, ValueError: It is malformed, of another shape, or from another schedule.
@@ -200,7 +197,6 @@ def check_state_dict(
         _check_shapes(state_dict["state"].get(name, {}), parameter)
     for group in saved:
         _check_entries([(state_dict["state"].get(name), parameters[name].ndim) for name in group["params"]])
-    return state_dict
 
 
 def _entries(state: dict[str, Any]) -> list[str]:

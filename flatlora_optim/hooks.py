@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import sharding
 from .noisy_weights import NoisyWeights
-from .perturbation import Perturbation, remove_all
+from .perturbation import Perturbation, forget_changed, remove_all
 
 if TYPE_CHECKING:
     from .optimizer import FlatLoRAOptimizer
@@ -42,6 +43,8 @@ class Forwards:
         if module in self.running:
             # An interrupt kept an earlier forward from ending.
             del self.running[self.running.index(module) :]
+        elif self.running and not self._sees_noise(module) and not _is_under_way(self.running[0]):
+            self.running.clear()  # likewise
         self.running.append(module)
         if len(self.running) > 1:
             return
@@ -93,7 +96,12 @@ class Forwards:
         return (
             (module.training or self.explicit)
             and torch.is_grad_enabled()
-            and any(True for target in self._weights.targets for _ in target.adapter_parameters())
+            and any(
+                True
+                for target in self._weights.targets
+                for sharing in target.sharing
+                for _ in sharing.adapter_parameters()
+            )
         )
 
 
@@ -153,6 +161,16 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _is_under_way(module: nn.Module) -> bool:
+    """Whether the module's forward is on the stack. Compiled code hides it: there, it is taken to be."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name.startswith("torch_dynamo") or frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _is_replica(module: nn.Module) -> bool:
     """Whether ``nn.DataParallel`` made the module, for one device and one forward."""
     return getattr(module, "_is_replica", False)
@@ -180,7 +198,8 @@ def hook_forwards(optimizer: FlatLoRAOptimizer, model: nn.Module) -> list[Remova
     """
     before, after = _Before(optimizer), _After(optimizer)
     handles = []
-    for module in entrances(model, {id(t.layer) for t in optimizer.targets}):
+    layers = {id(sharing.layer) for target in optimizer.targets for sharing in target.sharing}
+    for module in entrances(model, layers):
         handles.append(module.register_forward_pre_hook(before, prepend=True))
         handles.append(module.register_forward_hook(after, always_call=True))
     return handles
@@ -225,7 +244,5 @@ def release(perturbations: Sequence[Perturbation], handles: list[RemovableHandle
     """Leaves the model as it was before it had an optimizer."""
     for handle in handles:
         handle.remove()
-    for perturbation in perturbations:
-        if perturbation.changed()():
-            perturbation.forget()
+    forget_changed(perturbations)
     remove_all(perturbations)

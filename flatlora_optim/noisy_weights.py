@@ -29,6 +29,7 @@ from .perturbation import (
     VirtualPerturbation,
     WeightChangedError,
     apply_all,
+    forget_changed,
     remove_all,
 )
 from .scales import RowNorms, merged_norms, row_scales
@@ -64,6 +65,15 @@ class NoisyWeights:
     def targets(self) -> list[Target]:
         return [perturbation.target for perturbation in self.perturbations]
 
+    def attached(self) -> list[int]:
+        """Which targets are parts of the model still: PEFT's ``unload`` takes the adapters away."""
+        modules = set(self._model.modules())
+        return [
+            i
+            for i, target in enumerate(self.targets)
+            if any(sharing.layer in modules for sharing in target.sharing)
+        ]
+
     def makers(self, source: NoiseSource) -> list[str]:
         """The names of the kernels that make noise of this source."""
         names = set()
@@ -82,8 +92,8 @@ class NoisyWeights:
     def draw(self, source: NoiseSource, key: NoiseKey, sigmas: Sequence[float]) -> list[Noise | None]:
         """One noise for each weight: None for sigma 0, without an active adapter, or while merged."""
         # A merged layer trains nothing, and its weight is W' already.
-        targets = self.targets
-        chosen = [i for i, target in enumerate(targets) if sigmas[i] > 0 and not target.merged]
+        targets, attached = self.targets, self.attached()
+        chosen = [i for i in attached if sigmas[i] > 0 and not targets[i].merged]
         norms = merged_norms([self.norms[i] for i in chosen])
         noises: list[Noise | None] = [None] * len(sigmas)
         for i, norm in zip(chosen, norms, strict=True):
@@ -208,10 +218,7 @@ class NoisyWeights:
             return
         self._reshard()
         with self.timed():
-            checks = [(p, p.changed()) for p in self.perturbations]
-            changed = [p for p, check in checks if check()]
-            for perturbation in changed:
-                perturbation.forget()
+            changed = forget_changed(self.perturbations)
             rewritten = [
                 n for p, n in zip(self.perturbations, self.norms, strict=True) if p.written() is not None
             ]

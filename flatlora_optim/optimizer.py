@@ -120,7 +120,8 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         # Nothing has been changed up to here, and nothing below fails.
         for other in hooks.attached_optimizers(model):
             # One that is forgotten but not collected yet, as when a notebook's cell runs again.
-            if not optimized.isdisjoint(id(p) for group in other.param_groups for p in group["params"]):
+            same = not optimized.isdisjoint(id(p) for group in other.param_groups for p in group["params"])
+            if same or not other._weights.attached():
                 other.close()
         super().__init__(base, initial, schedule)
         self._model = model
@@ -135,10 +136,9 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
             "noise": noise,
             "rank_noise": rank_noise,
         }
-        self._weights = NoisyWeights(model, perturbations)
+        self._weights: NoisyWeights = NoisyWeights(model, perturbations)
         self._forwards = hooks.Forwards(self._weights, self._put_noise_on)
         self._noises: list[Noise | None] | None = None
-        self._noise_was_on = False
         self._perturbing: object = None  # changes with each one who puts noise on
         self._warned = self._resolution_checked = False
 
@@ -237,7 +237,6 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         noises = self._draw()
         if any(noises):
             self._weights.perturb(noises)
-            self._noise_was_on = True
 
     def _draw(self) -> list[Noise | None]:
         """This step's noise: None for a target with sigma 0 or without an active adapter."""
@@ -260,10 +259,12 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         sigma_of = {id(p): group[SIGMA] for group in self.param_groups for p in group["params"]}
         sigmas = []
         for target in self.targets:
-            values = {sigma_of[id(p)] for p in target.adapter_parameters() if id(p) in sigma_of}
+            adapters = [p for sharing in target.sharing for p in sharing.adapter_parameters()]
+            values = {sigma_of[id(p)] for p in adapters if id(p) in sigma_of}
             if len(values) > 1:
                 raise ValueError(
-                    f"{target.name}: its A and B are in groups of different sigma {sorted(values)}"
+                    f"{target.name}: the parameters of its adapters are in groups of different sigma "
+                    f"{sorted(values)}"
                 )
             sigmas.append(checkpoint.check_sigma(values.pop() if values else 0.0))
         return sigmas
@@ -298,7 +299,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         if self._noises is None and all(group.get("lr", 1) == 0 for group in self.param_groups):
             return  # torch.distributed.checkpoint lets an optimizer create its state by such a step
         sigma = max((group[SIGMA] for group in self.param_groups), default=0.0)
-        if not self._noise_was_on and not self._warned and sigma > 0 and self.sigma > 0:
+        if not any(self._noises or ()) and not self._warned and sigma * self._factor > 0:
             self._warned = True
             warnings.warn(
                 "optimizer.step() came without a perturbed forward since the last step, so this was "
@@ -307,18 +308,12 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
                 stacklevel=4,
             )
         # Before it is counted: an interrupt in between must not carry noise over to the next step.
-        self._noises, self._noise_was_on, self._perturbing = None, False, None
+        self._noises, self._perturbing = None, None
         self._count_step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of this class, or of the base optimizer alone (then the step is kept).
-
-        Raises:
-            TypeError, ValueError: The state is malformed or of another shape. Nothing was changed.
-        """
         super().load_state_dict(state_dict)
         self._noises = None
-        self._noise_was_on = False
         self.restore()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.checkpoint import checkpoint
@@ -645,6 +645,14 @@ def test_a_step_without_noise_warns_once(model: nn.Module, optimizer: FlatLoRAOp
         optimizer.step()
 
 
+def test_a_step_without_noise_warns_whichever_group_is_meant_to_have_it(model: nn.Module) -> None:
+    first, *others = trainable(model)
+    base = torch.optim.SGD([{"params": [first], "sigma": 0.0}, {"params": others}], lr=0.1)
+    optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, schedule="constant")
+    with pytest.warns(UserWarning, match="without a perturbed forward"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("options", [{"sigma": 0.0}, {"schedule": "cosine", "total_steps": 5}])
 def test_a_step_that_has_no_noise_by_schedule_does_not_warn(
     model: nn.Module, options: dict[str, Any]
@@ -810,6 +818,28 @@ def test_an_interrupted_forward_does_not_confuse_the_next_one(
     assert not changed_weights(model, before)
 
 
+def test_an_interrupted_forward_leaves_evaluation_clean_wherever_it_begins(
+    model: nn.Module, optimizer: FlatLoRAOptimizer, before: dict[str, Tensor]
+) -> None:
+    inner = model.base_model.model  # as `generate` calls it
+    seen: list[Tensor] = []
+
+    def look_around(*_: Any) -> None:
+        handle.remove()
+        with torch.no_grad():
+            seen.append(inner(BATCH[0]))
+        raise KeyboardInterrupt
+
+    handle = inner.fc2.register_forward_pre_hook(look_around)
+    with pytest.raises(KeyboardInterrupt):
+        model(BATCH[0])
+    assert not torch.equal(seen[0], clean_output(before))  # the outermost forward decides, and was under way
+    with torch.no_grad():
+        assert torch.equal(inner(BATCH[0]), clean_output(before))
+    train_automatic(model, optimizer, BATCH)
+    assert not changed_weights(model, before)
+
+
 # ---------------------------------------------------------------------- randomness and lifetime
 
 
@@ -898,6 +928,46 @@ def test_optimizers_for_different_adapters_take_turns(model: nn.Module, before: 
         optimizer.step()
         assert not changed_weights(model, before)
     assert any(not torch.equal(seen[0][name], seen[1][name]) for name in BOTH)
+
+
+@pytest.mark.parametrize("mode", ["in_place", "virtual"])
+def test_optimizers_do_not_put_noise_on_the_same_weight_at_once(
+    mode: str, model: nn.Module, before: dict[str, Tensor]
+) -> None:
+    first = flatlora(model, mode=mode)
+    model.add_adapter("second", LoraConfig(target_modules=["fc1", "fc2"], r=2))
+    model.set_adapter("second")
+    second = flatlora(model, seed=2, mode=mode)
+    model.set_adapter("default")
+    loss_of(model, BATCH).backward()
+    noise = changed_weights(model, before)
+    model.set_adapter("second")
+    with pytest.raises(RuntimeError, match=r"fc1: another FlatLoRAOptimizer has its noise on this weight"):
+        loss_of(model, BATCH)
+    assert not second.is_perturbed
+    assert changed_weights(model, before) == noise
+    first.step()
+    assert not changed_weights(model, before)
+    loss_of(model, BATCH).backward()
+    second.step()
+    assert not changed_weights(model, before)
+
+
+@pytest.mark.parametrize("mode", ["in_place", "virtual"])
+def test_a_model_whose_adapters_were_taken_away_gets_no_noise(mode: str, model: nn.Module) -> None:
+    old = flatlora(model, mode=mode)
+    train_automatic(model, old, BATCH)
+    bare = model.unload()
+    clean = lora_mlp().unload()
+    assert torch.equal(loss_of(bare, BATCH), loss_of(clean, BATCH))
+    assert not old.is_perturbed
+    renewed = get_peft_model(bare, LoraConfig(target_modules=["fc1", "fc2"], r=2))
+    before = fingerprint(renewed)
+    new = flatlora(renewed, mode=mode)
+    with pytest.raises(RuntimeError, match="closed"):
+        old.perturb()
+    train_automatic(renewed, new, BATCH)
+    assert not changed_weights(renewed, before)
 
 
 def test_garbage_collection_restores_and_removes_every_hook(

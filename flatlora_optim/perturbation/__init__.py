@@ -22,6 +22,7 @@ __all__ = [
     "WeightChangedError",
     "apply_all",
     "choose_perturbation",
+    "forget_changed",
     "remove_all",
 ]
 
@@ -45,6 +46,15 @@ def apply_all(perturbations: Sequence[Perturbation], noises: Sequence[Noise | No
     """Applies each noise, if there is one, to its target. ``remove_all`` takes back also a part."""
     pairs = zip(perturbations, noises, strict=True)
     kernels.perturb([part for p, noise in pairs if noise is not None for part in p.apply(noise)])
+
+
+def forget_changed(perturbations: Sequence[Perturbation]) -> list[Perturbation]:
+    """Leaves weights that somebody else has written to them, and returns whose they are."""
+    checks = [(perturbation, perturbation.changed()) for perturbation in perturbations]
+    changed = [perturbation for perturbation, check in checks if check()]
+    for perturbation in changed:
+        perturbation.forget()
+    return changed
 
 
 def remove_all(perturbations: Sequence[Perturbation]) -> None:

@@ -27,7 +27,11 @@ class Perturbation:
         self.target = target
 
     def apply(self, noise: Noise) -> Sequence[Part]:
-        """Makes the target compute with ``W + eps`` as soon as the parts are perturbed."""
+        """Makes the target compute with ``W + eps`` as soon as the parts are perturbed.
+
+        Raises:
+            RuntimeError: The weight carries the noise of another perturbation.
+        """
         raise NotImplementedError
 
     def remove(self) -> Sequence[Part]:
@@ -56,6 +60,12 @@ class Perturbation:
         that many targets can be checked at the price of one synchronization.
         """
         return lambda: False
+
+    def already_noisy(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self.target.name}: another FlatLoRAOptimizer has its noise on this weight. Let its step end "
+            "first, by `step()` or `restore()`"
+        )
 
     def nbytes(self) -> int:
         """Memory held to be able to restore, in bytes."""

@@ -48,7 +48,11 @@ class InPlace(Perturbation):
         self._seal: tuple[int, int, Any] | None = None
 
     def apply(self, noise: Noise) -> Sequence[Part]:
-        self._tensor = self._weight.tensor
+        tensor = self._weight.tensor
+        if getattr(tensor, "flatlora_noise", self) is not self:
+            raise self.already_noisy()
+        self._tensor = tensor
+        tensor.flatlora_noise = self  # type: ignore[attr-defined]
         local = local_part(self._tensor)
         if self._keep is Keep.COPY:
             self._reserve_copy(local)
@@ -64,6 +68,8 @@ class InPlace(Perturbation):
         for part in self._parts:
             if part.is_perturbed:
                 part.forget()
+        if self._tensor is not None and getattr(self._tensor, "flatlora_noise", None) is self:
+            del self._tensor.flatlora_noise  # type: ignore[attr-defined]
         self._tensor = self._seal = None
         self._parts = ()
 

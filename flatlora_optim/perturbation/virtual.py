@@ -50,14 +50,16 @@ class VirtualPerturbation(Perturbation):
         return cast(Forward, torch.compiler.disable(forward))
 
     def apply(self, noise: Noise) -> Sequence[Part]:
+        if any("flatlora_forward" in owner.__dict__ for owner in self.target.owners):
+            raise self.already_noisy()
         self._noise = noise
         for owner, forward in zip(self.target.owners, self._forwards, strict=True):
             _replace_forward(owner, forward)
         return ()
 
     def forget(self) -> None:
-        for owner in self.target.owners:
-            _put_forward_back(owner)
+        for owner, forward in zip(self.target.owners, self._forwards, strict=True):
+            _put_forward_back(owner, forward)
         self._noise = None
 
 
@@ -68,14 +70,15 @@ def _forward_name(owner: nn.Module) -> str:
 
 def _replace_forward(owner: nn.Module, forward: Forward) -> None:
     name = _forward_name(owner)
-    owner.__dict__.setdefault("flatlora_forward", owner.__dict__.get(name))
+    owner.__dict__["flatlora_forward"] = owner.__dict__.get(name), forward
     owner.__dict__[name] = forward
 
 
-def _put_forward_back(owner: nn.Module) -> None:
-    if "flatlora_forward" not in owner.__dict__:
+def _put_forward_back(owner: nn.Module, forward: Forward) -> None:
+    before, ours = owner.__dict__.get("flatlora_forward", (None, None))
+    if ours is not forward:
         return
-    name, before = _forward_name(owner), owner.__dict__["flatlora_forward"]
+    name = _forward_name(owner)
     if before is None:
         owner.__dict__.pop(name, None)  # the class's own
     else:
