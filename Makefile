@@ -23,15 +23,20 @@ $(VENV)/.demo: $(VENV)/.made pyproject.toml
 	@$(PIP) --editable '.[demo]'
 	@touch $@
 
+$(VENV)/.examples: $(VENV)/.made pyproject.toml
+	@echo "Installing flatlora-optim and what its examples need into $(VENV) (once)"
+	@$(PIP) --editable '.[examples]'
+	@touch $@ $(VENV)/.demo
+
 $(VENV)/.dev: $(VENV)/.made pyproject.toml
 	@echo "Installing flatlora-optim and what its tests and examples need into $(VENV) (a few minutes, once)"
 	@$(PIP) --editable '.[dev]'
-	@touch $@ $(VENV)/.demo
+	@touch $@ $(VENV)/.demo $(VENV)/.examples
 
 demo: $(VENV)/.demo  ## Fine-tune MiniLM on movie reviews, with and without Flat-LoRA (some minutes)
 	@$(BIN)/python examples/sentiment.py
 
-qlora: $(VENV)/.dev  ## Fine-tune a 4-bit SmolLM2 on arithmetic, with and without Flat-LoRA
+qlora: $(VENV)/.examples  ## Fine-tune a 4-bit SmolLM2 on arithmetic, with and without Flat-LoRA
 	@$(BIN)/python examples/qlora.py
 
 test: $(VENV)/.dev  ## Run the test suite

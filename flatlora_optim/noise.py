@@ -49,7 +49,7 @@ class NoiseKey(NamedTuple):
         return self.block_seeds([block])[0]
 
     def block_seeds(self, blocks: Iterable[int]) -> list[int]:
-        """One for each.
+        """A 32-bit seed for each block.
 
         torch's CPU generator keeps only 32 bits of a seed, so hashed seeds would collide within
         a step on large models. A keyed permutation of the block number cannot.

@@ -39,7 +39,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
 
     At each optimizer step the frozen weights carry Gaussian noise during forward and backward,
     ``eps[i, j] ~ N(0, sigma_t^2 * ||W'[i, :]||^2 / n)`` (Flat-LoRA, equations 7 and 8), and are
-    bit-identical to before when the base optimizer updates A and B.
+    bit-identical to before when the base optimizer updates A and B (but with ``restore="subtract"``).
 
     It *is* an :class:`torch.optim.Optimizer` that shares ``param_groups``, ``state`` and
     ``defaults`` with ``base``: learning-rate schedulers and trainers may hold either.
@@ -176,7 +176,9 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         self._forwards.explicit = True
 
     def restore(self) -> None:
-        """Brings the frozen weights back, bit for bit. Does nothing when they are clean.
+        """Brings the frozen weights back, bit for bit unless ``restore="subtract"``.
+
+        Does nothing when they are clean.
 
         Raises:
             WeightChangedError: Somebody else wrote a weight while it carried noise. It is left

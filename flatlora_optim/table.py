@@ -1,6 +1,6 @@
 """A shared table of Gaussians, read at seeded offsets, in place of fresh numbers.
 
-Generating a Gaussian costs more than ten times as much as adding one. Evolution strategies
+Generating a Gaussian costs several times as much as adding one. Evolution strategies
 (Salimans et al. 2017, arXiv 1703.03864, section 2.3) therefore draw a large table once and read
 each perturbation from a random place in it.
 """
@@ -30,7 +30,7 @@ class NoiseTable:
     with probability about 2b / S, shifted against each other. Two steps read other places of a
     table of which each step renews a 64th, so steps that are 64 apart share nothing.
 
-    A table is for one optimizer: two that train at the same time would renew it under each other.
+    Don't share a table: two optimizers would overwrite each other's numbers.
 
     Args:
         size: Numbers in the table, a multiple of 64. By default 2**22 on the CPU (16 MiB, which

@@ -57,10 +57,22 @@ def save_tiny_llama(folder: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(folder)
 
 
+def language_model(folder: Path) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    save_tiny_llama(folder)
+    config = LoraConfig(r=2, target_modules="all-linear")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+    base = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    return {"model": model, "base": base, "dataset": [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 16}
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n", 1)[0][:60])
 def test_block_runs_and_leaves_the_weights_alone(block: str, namespace: dict[str, Any]) -> None:
     if "from_pretrained(name" in block:
         save_tiny_llama(namespace["name"])
+    if "Trainer(" in block:
+        namespace |= language_model(namespace["name"])
     if "FlatLoRAOptimizer(" not in block:
         base, model = namespace["base"], namespace["model"]
         namespace["optimizer"] = FlatLoRAOptimizer(base, model, sigma=0.1, total_steps=8)
@@ -74,8 +86,8 @@ def test_block_runs_and_leaves_the_weights_alone(block: str, namespace: dict[str
     assert not optimizer.is_perturbed
     if namespace["model"].state_dict().keys() >= frozen.keys():
         assert not changed_weights(namespace["model"], frozen)
-    if "in batches:" in block:
-        assert optimizer.step_count == len(namespace["batches"])
+    if "in batches:" in block or "trainer.train()" in block:
+        assert optimizer.step_count == (len(namespace["batches"]) if "in batches:" in block else 2)
         assert any(
             not torch.equal(p, trained[n]) for n, p in namespace["model"].named_parameters() if n in trained
         )

@@ -55,17 +55,18 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> Trainer:
 
 def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     """Splits the recipe's batch over devices and accumulation steps."""
-    at_once = recipe["micro_batch_size"] * settings.processes().num_processes
-    accumulation, rest = divmod(recipe["batch_size"], at_once)
-    if rest or not accumulation:
+    devices = settings.processes().num_processes
+    per_device = min(recipe["micro_batch_size"], recipe["batch_size"] // devices)
+    if not per_device or recipe["batch_size"] % (per_device * devices):
         raise SystemExit(
-            f"batch_size {recipe['batch_size']} is no multiple of micro_batch_size x devices = {at_once}"
+            f"batch_size {recipe['batch_size']} can't be split over {devices} devices in micro-batches of "
+            f"{per_device}: change one of them (`--set micro_batch_size=...`)"
         )
     defaults = {"logging_steps": 10, "logging_first_step": True, "report_to": "none"}
     return TrainingArguments(
         output_dir=str(output),
-        per_device_train_batch_size=recipe["micro_batch_size"],
-        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=recipe["batch_size"] // (per_device * devices),
         remove_unused_columns=False,
         **(defaults | recipe["training"]),
     )
