@@ -49,8 +49,8 @@ coverage: $(VENV)/.dev  ## Run the test suite and show which lines and branches 
 		--cov --cov-report=term-missing:skip-covered --deselect tests/trust/test_faults.py::test_a_signal_at_any_time
 
 OLDEST ?= .venv-oldest
-OLDEST_TESTS := $(patsubst %,tests/test_%.py,exactness noise optimizer targets checkpoint bad_input state_machine \
-	virtual quantized schedules landscape kernels native table docstrings)
+OLDEST_TESTS := $(patsubst %,tests/test_%.py,styles optimizer observers misuse lifetime state_machine exactness \
+	noise targets checkpoint bad_input virtual quantized schedules landscape kernels native table docstrings)
 
 $(OLDEST)/.made: constraints-oldest.txt pyproject.toml
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

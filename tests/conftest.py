@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch import Tensor, nn
+
+from flatlora_optim import FlatLoRAOptimizer
+from helpers import fingerprint, flatlora, lora_mlp
 
 # Derandomized: a failure in CI is a failure for everybody. `--hypothesis-profile=explore` searches.
 settings.register_profile(
@@ -35,3 +39,18 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return lora_mlp()
+
+
+@pytest.fixture
+def before(model: nn.Module) -> dict[str, Tensor]:
+    return fingerprint(model)
+
+
+@pytest.fixture
+def optimizer(model: nn.Module) -> FlatLoRAOptimizer:
+    return flatlora(model)

@@ -121,6 +121,10 @@ def lora_gpt2(targets: tuple[str, ...] = ("c_attn", "c_proj"), **config: Any) ->
     return with_lora(model, list(targets), fan_in_fan_out=True, **config)
 
 
+MLP_WEIGHTS = {"base_model.model.fc1.base_layer.weight", "base_model.model.fc2.base_layer.weight"}
+"""The weights of :func:`lora_mlp` that carry noise."""
+
+
 def mlp_batch(seed: int = 0, dtype: torch.dtype = torch.float32, size: int = 4) -> tuple[Tensor, Tensor]:
     """Inputs and targets for :func:`lora_mlp`."""
     generator = torch.Generator().manual_seed(seed)
@@ -131,6 +135,13 @@ def mlp_batch(seed: int = 0, dtype: torch.dtype = torch.float32, size: int = 4) 
 def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     x, y = batch
     return F.cross_entropy(model(x).float(), y)
+
+
+def clean_output(before: dict[str, Tensor]) -> Tensor:
+    """What a fresh :func:`lora_mlp` makes of the first batch."""
+    model = lora_mlp()
+    assert not changed_weights(model, before)
+    return model(mlp_batch()[0]).detach()
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -155,6 +166,36 @@ def train(model: nn.Module, optimizer: FlatLoRAOptimizer, steps: range) -> list[
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def train_closure(model: nn.Module, optimizer: FlatLoRAOptimizer, batch: Any) -> Tensor:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        return loss
+
+    return optimizer.step(closure)
+
+
+def train_explicit(model: nn.Module, optimizer: FlatLoRAOptimizer, batch: Any) -> Tensor:
+    optimizer.zero_grad()
+    with optimizer.perturbed():
+        loss = loss_of(model, batch)
+        loss.backward()
+    optimizer.step()
+    return loss
+
+
+def train_automatic(model: nn.Module, optimizer: FlatLoRAOptimizer, batch: Any) -> Tensor:
+    loss = loss_of(model, batch)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+
+STYLES = [train_closure, train_explicit, train_automatic]
 
 
 def int_view(tensor: Tensor) -> Tensor:

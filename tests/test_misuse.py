@@ -1,0 +1,314 @@
+"""What must not be done is an error, or does no harm; exceptions leave clean weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flatlora_optim import FlatLoRAOptimizer, WeightChangedError
+from helpers import (
+    MLP_WEIGHTS,
+    OwnLoRA,
+    assert_equal_tensors,
+    changed_weights,
+    clean_output,
+    fingerprint,
+    flatlora,
+    lora_mlp,
+    loss_of,
+    mlp_batch,
+    train_automatic,
+    train_closure,
+    train_explicit,
+    trainable,
+)
+
+BATCH = mlp_batch()
+
+
+def test_backward_after_the_step_is_caught_by_autograd(
+    model: nn.Module, optimizer: FlatLoRAOptimizer
+) -> None:
+    loss = loss_of(model, BATCH)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_backward_outside_of_the_block_is_caught_by_autograd(
+    model: nn.Module, optimizer: FlatLoRAOptimizer
+) -> None:
+    with optimizer.perturbed():
+        loss = loss_of(model, BATCH)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_graph_on_clean_weights_is_invalid_under_noise(
+    model: nn.Module, optimizer: FlatLoRAOptimizer
+) -> None:
+    optimizer.perturb()
+    with optimizer.clean():
+        loss = loss_of(model, BATCH)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_weights_loaded_in_a_clean_block_invalidate_the_pending_graph(
+    model: nn.Module, optimizer: FlatLoRAOptimizer
+) -> None:
+    loss = loss_of(model, BATCH)
+    ours = model.base_model.model.fc2.base_layer
+    other = lora_mlp(seed=5).base_model.model.fc2.base_layer
+    with optimizer.clean():
+        ours.load_state_dict(other.state_dict())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    optimizer.step()
+    assert torch.equal(ours.weight, other.weight)
+
+
+def test_a_skipped_step_keeps_the_noise_for_the_next_one(
+    model: nn.Module, optimizer: FlatLoRAOptimizer, before: dict[str, Tensor]
+) -> None:
+    loss_of(model, BATCH).backward()
+    noise = fingerprint(model)
+    optimizer.zero_grad()  # GradScaler found an inf and leaves step() out
+    loss_of(model, BATCH).backward()
+    assert_equal_tensors(fingerprint(model), noise)
+    optimizer.step()
+    assert not changed_weights(model, before)
+    assert optimizer.step_count == 1
+
+
+def test_a_repeated_forward_and_a_double_perturb_add_no_noise_twice(
+    model: nn.Module, optimizer: FlatLoRAOptimizer, before: dict[str, Tensor]
+) -> None:
+    loss_of(model, BATCH)
+    noise = fingerprint(model)
+    loss_of(model, BATCH)
+    optimizer.perturb()
+    optimizer.perturb()
+    assert_equal_tensors(fingerprint(model), noise)
+    optimizer.restore()
+    assert not changed_weights(model, before)
+    optimizer.perturb()
+    assert_equal_tensors(fingerprint(model), noise)
+
+
+def test_restoring_what_is_clean_does_nothing(
+    model: nn.Module, optimizer: FlatLoRAOptimizer, before: dict[str, Tensor]
+) -> None:
+    optimizer.restore()
+    optimizer.perturb()
+    optimizer.restore()
+    optimizer.restore()
+    assert not changed_weights(model, before)
+
+
+def test_a_step_without_noise_warns_once(model: nn.Module, optimizer: FlatLoRAOptimizer) -> None:
+    model.eval()
+    loss_of(model, BATCH).backward()
+    with pytest.warns(UserWarning, match="without a perturbed forward") as caught:
+        optimizer.step()
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_a_step_without_noise_warns_whichever_group_is_meant_to_have_it(model: nn.Module) -> None:
+    first, *others = trainable(model)
+    base = torch.optim.SGD([{"params": [first], "sigma": 0.0}, {"params": others}], lr=0.1)
+    optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, schedule="constant")
+    with pytest.warns(UserWarning, match="without a perturbed forward"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{"sigma": 0.0}, {"schedule": "cosine", "total_steps": 5}])
+def test_a_step_that_has_no_noise_by_schedule_does_not_warn(
+    model: nn.Module, options: dict[str, Any]
+) -> None:
+    optimizer = flatlora(model, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_automatic(model, optimizer, BATCH)
+
+
+def load(model: nn.Module) -> None:
+    other = lora_mlp(seed=3).base_model.model.fc1.base_layer.state_dict()
+    model.base_model.model.fc1.base_layer.load_state_dict(other)
+
+
+def write_through_data(model: nn.Module) -> None:
+    model.base_model.model.fc1.base_layer.weight.data += 1
+
+
+def cast(model: nn.Module) -> None:
+    model.base_model.model.fc1.bfloat16()
+
+
+def replace(model: nn.Module) -> None:
+    model.base_model.model.fc1.base_layer.weight = nn.Parameter(torch.zeros(16, 6), requires_grad=False)
+
+
+def merge(model: nn.Module) -> None:
+    model.base_model.model.fc1.merge()
+
+
+@pytest.mark.parametrize("restore", ["exact", "snapshot", "subtract"])
+@pytest.mark.parametrize("change", [load, write_through_data, cast, replace, merge])
+def test_a_weight_that_somebody_else_wrote_is_left_to_them(
+    change: Callable[[nn.Module], None], restore: str, model: nn.Module, before: dict[str, Tensor]
+) -> None:
+    optimizer = flatlora(model, restore=restore)
+    loss_of(model, BATCH).backward()
+    change(model)
+    theirs = model.base_model.model.fc1.base_layer.weight.detach().clone()
+    with pytest.raises(WeightChangedError, match=r"fc1.*load it again.*optimizer\.restore"):
+        optimizer.step()
+    assert torch.equal(model.base_model.model.fc1.base_layer.weight, theirs)
+    if restore != "subtract":
+        assert {name for name in changed_weights(model, before) if "fc1" not in name} == set()
+    assert not optimizer.is_perturbed
+    optimizer.step()  # goes on as soon as the user has dealt with it
+    assert optimizer.step_count == 1
+
+
+@pytest.mark.parametrize("changed", [3, 4])
+def test_at_most_three_changed_weights_are_named(changed: int) -> None:
+    optimizer = flatlora(nn.Sequential(*[OwnLoRA(torch.randn(4, 4)) for _ in range(5)]))
+    optimizer.perturb()
+    for target in optimizer.targets[:changed]:
+        target.owner.weight.data += 1
+    names = ", ".join(target.name for target in optimizer.targets[:3])
+    with pytest.raises(
+        WeightChangedError, match=f"weight of {names}{' …' if changed > 3 else ''} was written"
+    ):
+        optimizer.restore()
+
+
+def test_merging_an_adapter_that_is_still_zero_is_noticed(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in trainable(model):
+            parameter.zero_()
+    optimizer = flatlora(model)
+    optimizer.perturb()
+    model.base_model.model.fc1.merge()
+    with pytest.raises(WeightChangedError, match="fc1"):
+        optimizer.restore()
+
+
+def test_a_merged_model_is_left_alone(model: nn.Module, optimizer: FlatLoRAOptimizer) -> None:
+    model.merge_adapter()
+    merged = fingerprint(model)
+    loss_of(model, BATCH)
+    assert not changed_weights(model, merged)
+    model.unmerge_adapter()
+    optimizer.step()
+    with optimizer.perturbed():
+        assert changed_weights(model, merged) >= MLP_WEIGHTS
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("place", ["forward", "backward", "closure"])
+@pytest.mark.parametrize("style", [train_closure, train_explicit])
+@pytest.mark.parametrize("restore", ["exact", "snapshot"])
+def test_an_exception_leaves_the_weights_as_they_were(
+    style: Callable[..., Tensor],
+    place: str,
+    error: type[BaseException],
+    restore: str,
+    model: nn.Module,
+    before: dict[str, Tensor],
+) -> None:
+    optimizer = flatlora(model, restore=restore)
+    old = [p.detach().clone() for p in trainable(model)]
+
+    def fail(*_: Any) -> None:
+        assert optimizer.is_perturbed
+        raise error
+
+    layer = model.base_model.model.fc2
+    if place == "closure":
+        batch = (BATCH[0], type("Failing", (), {"__torch_function__": classmethod(fail)})())
+    else:
+        batch = BATCH
+        (layer.register_forward_pre_hook if place == "forward" else layer.register_full_backward_hook)(fail)
+    with pytest.raises(error):
+        style(model, optimizer, batch)
+    assert not changed_weights(model, before)
+    assert not optimizer.is_perturbed
+    assert restore == "snapshot" or optimizer.memory() == 0
+    assert optimizer.step_count == 0
+    assert all(torch.equal(p, o) for p, o in zip(trainable(model), old, strict=True))
+
+
+def test_a_failed_forward_of_the_automatic_style_leaves_the_weights_as_they_were(
+    model: nn.Module, optimizer: FlatLoRAOptimizer, before: dict[str, Tensor]
+) -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        model(torch.randn(3, 7))
+    assert not changed_weights(model, before)
+    train_automatic(model, optimizer, BATCH)
+    assert not changed_weights(model, before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_backward_of_the_automatic_style_is_over_with_the_next_step_or_restore(
+    error: type[BaseException], model: nn.Module, optimizer: FlatLoRAOptimizer, before: dict[str, Tensor]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    handle = model.base_model.model.fc2.register_full_backward_hook(fail)
+    with pytest.raises(error):
+        train_automatic(model, optimizer, BATCH)
+    handle.remove()
+    assert_equal_tensors(dict(model.state_dict()), dict(lora_mlp().state_dict()))
+    optimizer.zero_grad()
+    train_automatic(model, optimizer, BATCH)
+    assert not changed_weights(model, before)
+
+
+def test_an_interrupted_forward_does_not_confuse_the_next_one(
+    model: nn.Module, optimizer: FlatLoRAOptimizer, before: dict[str, Tensor]
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.base_model.model.fc2.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(BATCH[0])
+    handle.remove()
+    with torch.no_grad():
+        assert torch.equal(model(BATCH[0]), clean_output(before))
+    train_automatic(model, optimizer, BATCH)
+    assert not changed_weights(model, before)
+
+
+def test_an_interrupted_forward_leaves_evaluation_clean_wherever_it_begins(
+    model: nn.Module, optimizer: FlatLoRAOptimizer, before: dict[str, Tensor]
+) -> None:
+    inner = model.base_model.model  # as `generate` calls it
+    seen: list[Tensor] = []
+
+    def look_around(*_: Any) -> None:
+        handle.remove()
+        with torch.no_grad():
+            seen.append(inner(BATCH[0]))
+        raise KeyboardInterrupt
+
+    handle = inner.fc2.register_forward_pre_hook(look_around)
+    with pytest.raises(KeyboardInterrupt):
+        model(BATCH[0])
+    assert not torch.equal(seen[0], clean_output(before))  # the outermost forward decides, and was under way
+    with torch.no_grad():
+        assert torch.equal(inner(BATCH[0]), clean_output(before))
+    train_automatic(model, optimizer, BATCH)
+    assert not changed_weights(model, before)
