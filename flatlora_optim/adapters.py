@@ -154,7 +154,7 @@ class PeftLoRA(Target):
                 if isinstance(part, nn.Parameter):
                     yield part
                 else:
-                    yield from part.parameters()
+                    yield from part.parameters(recurse=False)
 
     def delta(self) -> LowRank | Tensor | None:
         terms = [self._product(adapter, a, b) for adapter, a, b in self._active()]
@@ -351,7 +351,8 @@ def _lora_pairs(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """A and B of each adapter, as modules or parameters."""
     pairs: dict[str, tuple[Any, Any]] = {}
     for a_name, b_name in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
-        a, b = getattr(module, a_name, None), getattr(module, b_name, None)
+        # nn.Module's own lookup is slow, and this is asked for at each step.
+        a, b = module._modules.get(a_name), module._modules.get(b_name)
         if isinstance(a, (nn.ModuleDict, nn.ParameterDict)) and isinstance(
             b, (nn.ModuleDict, nn.ParameterDict)
         ):

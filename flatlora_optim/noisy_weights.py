@@ -67,7 +67,13 @@ class NoisyWeights:
 
     def attached(self) -> list[int]:
         """Which targets are parts of the model still: PEFT's ``unload`` takes the adapters away."""
-        modules = set(self._model.modules())
+        modules: set[nn.Module] = set()
+        waiting = [self._model]
+        while waiting:  # several times as fast as `modules()`
+            module = waiting.pop()
+            if module not in modules:
+                modules.add(module)
+                waiting += [child for child in module._modules.values() if child is not None]
         return [
             i
             for i, target in enumerate(self.targets)
