@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
@@ -196,15 +196,16 @@ def hessian_trace(
             vector of their size and the graph of the gradient. ``"differences"`` takes second
             differences of the loss, which works for quantized weights too and needs no
             gradients, but inherits the rounding of the loss. ``"auto"`` is the first where all
-            weights are dense.
+            weights are dense and none has DoRA, whose norm PEFT keeps from autograd.
         step: How far the differences go, relative to the root mean square of the weights.
     """
     if method not in ("auto", "autograd", "differences"):
         raise ValueError(f"method must be 'auto', 'autograd' or 'differences', got {method!r}")
     _check_count("samples", samples)
+    _check_length("step", step)
     with measuring(model, loss_fn) as at:
         if method == "auto":
-            method = "autograd" if at.is_dense() else "differences"
+            method = "differences" if at.why_no_hessian() else "autograd"
         hessian = at.hessian() if method == "autograd" else None
         values = []
         for k in _progress(range(samples), "Hessian trace", progress):
@@ -229,7 +230,7 @@ def top_eigenvalue(
 
     Args:
         iterations: Hessian-vector products at most.
-        tolerance: Stops when the eigenvalue changes by less than this, relatively.
+        tolerance: Stops when ``|Hv - value * v|`` is below this, relative to the value.
     """
     _check_count("iterations", iterations)
     with measuring(model, loss_fn) as at:
@@ -243,24 +244,32 @@ def top_eigenvalue(
             def shifted(v: Vector) -> Vector:
                 return [hv - shift * x for hv, x in zip(hessian.times(v), v, strict=True)]
 
-            other = _power_iteration(shifted, start, left, tolerance, progress)
-            top = Eigenvalue(other.value + shift, top.iterations + other.iterations, other.converged)
+            other = _power_iteration(shifted, start, left, tolerance, progress, shift)
+            top = replace(other, iterations=top.iterations + other.iterations)
     if not top.converged:
         warnings.warn(f"no convergence to {tolerance} in {iterations} iterations", stacklevel=2)
     return top
 
 
 def _power_iteration(
-    times: Callable[[Vector], Vector], v: Vector, iterations: int, tolerance: float, progress: bool
+    times: Callable[[Vector], Vector],
+    v: Vector,
+    iterations: int,
+    tolerance: float,
+    progress: bool,
+    shift: float = 0.0,
 ) -> Eigenvalue:
-    v, value = _normalized(v), math.inf
+    """The eigenvalue of largest magnitude of what ``times`` multiplies by, plus ``shift``."""
+    v, value = _normalized(v), math.nan
     for i in _progress(range(1, iterations + 1), "top eigenvalue", progress):
         product = times(v)
-        previous, value = value, dot(v, product)
-        if abs(value - previous) <= tolerance * abs(value):
-            return Eigenvalue(value, i, True)
+        value = dot(v, product)
+        # The quotient alone may stand still far from any eigenvalue, where two of them compete.
+        residual = [hv - value * x for hv, x in zip(product, v, strict=True)]
+        if math.sqrt(dot(residual, residual)) <= tolerance * abs(value + shift):
+            return Eigenvalue(value + shift, i, True)
         v = _normalized(product)
-    return Eigenvalue(value, iterations, False)
+    return Eigenvalue(value + shift, iterations, False)
 
 
 # ---------------------------------------------------------------------- plotting
@@ -304,17 +313,21 @@ def _normalized(v: Vector) -> Vector:
 
 
 def _coordinates(radius: float, points: int) -> Tensor:
-    if not (math.isfinite(radius) and radius > 0):
-        raise ValueError(f"radius must be finite and > 0, got {radius!r}")
-    _check_count("points", points)
+    _check_length("radius", radius)
+    _check_count("points", points, least=2)
     coordinates = torch.linspace(-radius, radius, points, dtype=torch.float64, device="cpu")
     # linspace may miss 0 by rounding.
     return torch.where(coordinates.abs() < radius * 1e-9, 0.0, coordinates)
 
 
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+def _check_length(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+
+
+def _check_count(name: str, value: object, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
 
 
 def _progress(items: Sequence[T], description: str, show: bool) -> Iterable[T]:

@@ -17,7 +17,7 @@ from .adapters import Target
 from .noise import GaussianNoise, Noise, NoiseKey, NoiseSource
 from .perturbation import VirtualPerturbation, apply_all, choose_perturbation, remove_all
 from .scales import RowNorms, merged_norms
-from .sharding import is_sharded
+from .sharding import fsdp_modules, is_sharded
 from .targets import find_targets
 from .weights import DenseWeight
 
@@ -107,16 +107,25 @@ class Surroundings:
     def at_minimum(self) -> float:
         return self.loss(None)
 
-    def is_dense(self) -> bool:
-        return all(target.weight.kind == "dense" for target in self.targets)
-
-    def hessian(self) -> Hessian:
+    def why_no_hessian(self) -> str | None:
+        """Why autograd can't differentiate the loss twice, or not rightly."""
         for target in self.targets:
             if target.weight.kind != "dense":
-                raise ValueError(
+                return (
                     f"the weight of {target.name} is {target.weight.kind}: quantized weights can't be "
-                    "differentiated twice. hessian_trace(method='differences') works for them"
+                    "differentiated twice"
                 )
+            if any(_has_dora(sharing) for sharing in target.sharing):
+                return f"{target.name} has DoRA, whose norm of the weight PEFT keeps from autograd"
+        return None
+
+    def hessian(self) -> Hessian:
+        """
+        Raises:
+            ValueError: Autograd can't have it.
+        """
+        if reason := self.why_no_hessian():
+            raise ValueError(f"{reason}. hessian_trace(method='differences') works for it")
         weights = _dense_tensors(self.targets)
         for weight in weights:
             self._undo.callback(weight.requires_grad_, weight.requires_grad)
@@ -183,7 +192,8 @@ def measuring(model: nn.Module, loss_fn: LossFn) -> Iterator[Surroundings]:
     for target in targets:
         if target.merged:
             raise ValueError(f"the adapter of {target.name} is merged into its weight: unmerge it first")
-    if any(is_sharded(tensor) for tensor in _dense_tensors(targets)):
+    # Right after a forward the root of FSDP2 has its weights whole.
+    if any(fsdp_modules(model)) or any(is_sharded(tensor) for tensor in _dense_tensors(targets)):
         raise ValueError("the weights are sharded: measure an unsharded copy of the model")
     with ExitStack() as undo:
         for optimizer in hooks.attached_optimizers(model):
@@ -201,12 +211,17 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     model.eval()
     for module, _ in before:
         # In eval mode, bitsandbytes repacks a 4-bit weight for a CPU kernel of its own.
-        module.training = getattr(getattr(module, "weight", None), "quant_state", None) is not None
+        module.training = getattr(module._parameters.get("weight"), "quant_state", None) is not None
     try:
         yield
     finally:
         for module, training in before:
             module.training = training
+
+
+def _has_dora(target: Target) -> bool:
+    magnitudes = getattr(target.layer, "lora_magnitude_vector", ())
+    return any(adapter in magnitudes for adapter in getattr(target.layer, "active_adapters", ()))
 
 
 def _dense_tensors(targets: Iterable[Target]) -> Vector:

@@ -208,6 +208,36 @@ def test_top_eigenvalue_is_the_largest_also_when_a_negative_one_dominates() -> N
     assert top.value == pytest.approx(float(eigenvalues[-1]), rel=1e-2)
 
 
+def diagonal(*eigenvalues: float) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """A loss whose Hessian in the weight has these eigenvalues, and others between 0 and 1."""
+    curvature = torch.rand(16, 16)
+    curvature.view(-1)[: len(eigenvalues)] = torch.tensor(eigenvalues)
+    model = with_lora(nn.Sequential(nn.Linear(16, 16, bias=False)), ["0"])
+    return model, lambda model: 0.5 * (model(torch.eye(16)).T.square() * curvature).sum()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_top_eigenvalue_is_not_what_two_others_agree_on_for_a_while(seed: int) -> None:
+    model, loss = diagonal(5.0, -20.0)
+    top = landscape.top_eigenvalue(model, loss, iterations=1000, seed=seed, **silent)
+    assert top.converged
+    assert top.value == pytest.approx(5.0, rel=2e-3)
+    model, loss = diagonal(10.0, -9.99)
+    with pytest.warns(UserWarning, match="no convergence"):
+        assert not landscape.top_eigenvalue(model, loss, seed=seed, **silent).converged
+
+
+def test_dora_is_not_differentiated_twice() -> None:
+    model = lora_mlp(use_dora=True)
+    auto, differences = (
+        landscape.hessian_trace(model, mlp_loss, samples=2, method=method, **silent).samples
+        for method in ("auto", "differences")
+    )
+    assert torch.equal(auto, differences)
+    with pytest.raises(ValueError, match=r"fc1 has DoRA.*method='differences'"):
+        landscape.top_eigenvalue(model, mlp_loss, **silent)
+
+
 def test_an_unfinished_power_iteration_says_so() -> None:
     q = Quadratic()
     with pytest.warns(UserWarning, match="no convergence"):
@@ -395,7 +425,10 @@ def test_errors_name_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="radius"):
         landscape.slice_1d(model, mlp_loss, radius=0.0, **silent)
     with pytest.raises(ValueError, match="points"):
-        landscape.slice_2d(model, mlp_loss, points=0, **silent)
+        landscape.slice_2d(model, mlp_loss, points=1, **silent)
+    for step in (0.0, math.nan):
+        with pytest.raises(ValueError, match="step"):
+            landscape.hessian_trace(model, mlp_loss, step=step, **silent)
     with pytest.raises(ValueError, match="method"):
         landscape.hessian_trace(model, mlp_loss, method="magic", **silent)
     model.merge_adapter()
