@@ -230,7 +230,8 @@ def _check_shapes(state: object, parameter: Tensor) -> None:
             raise ValueError(
                 f"the checkpoint's {name!r} must be a tensor like its parameter, got {saved!r:.50}"
             )
-        if saved.shape != parameter.shape:
+        # Of other dims it may be what this optimizer keeps: one number for each parameter, say.
+        if saved.ndim == parameter.ndim and saved.shape != parameter.shape:
             raise ValueError(
                 f"the checkpoint's {name!r} has shape {tuple(saved.shape)}, its parameter has "
                 f"{tuple(parameter.shape)}: build the adapters with the rank they had then"
@@ -287,3 +288,8 @@ def _check_group(group: dict[str, Any], custom_schedule: bool) -> None:
     if not isinstance(schedule, str):
         raise TypeError(f"the checkpoint's schedule must be a name, got {schedule!r}")
     check_schedule(schedule)
+    if custom_schedule:
+        raise ValueError(
+            f"the checkpoint was made with the schedule {schedule!r}, and the optimizer has a callable, "
+            "which it would replace: build the optimizer with the schedule of the checkpoint"
+        )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from torch.optim import Optimizer
 
 from . import checkpoint, schedules
+from .adapters import Target
 from .checkpoint import CUSTOM_SCHEDULE, SCHEDULE, SEED, SIGMA, STEP, TOTAL_STEPS
 from .schedules import Schedule
 from .wrapper import OptimizerWrapper
@@ -24,21 +27,26 @@ class ScheduledOptimizer(OptimizerWrapper):
         super().__init__(base)
         self._defaults_for_groups = initial
         self._schedule = schedule
-        checkpoint.fill_groups(self.param_groups, initial)
+        self._filled_groups()
+
+    def _filled_groups(self) -> list[dict[str, Any]]:
+        """The param groups; those that came from elsewhere are given what they lack."""
+        checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
+        return self.param_groups
 
     @property
     def step_count(self) -> int:
         """Optimizer steps finished so far."""
-        return int(self.param_groups[0][STEP])
+        return int(self._filled_groups()[0][STEP])
 
     @property
     def seed(self) -> int:
-        return int(self.param_groups[0][SEED])
+        return int(self._filled_groups()[0][SEED])
 
     @property
     def total_steps(self) -> int | None:
         """Optimizer steps of the whole run. May be set before or during it."""
-        value: int | None = self.param_groups[0][TOTAL_STEPS]
+        value: int | None = self._filled_groups()[0][TOTAL_STEPS]
         return value
 
     @total_steps.setter
@@ -50,11 +58,26 @@ class ScheduledOptimizer(OptimizerWrapper):
     @property
     def sigma(self) -> float:
         """sigma_t of the current step, for the first param group."""
-        return float(self.param_groups[0][SIGMA]) * self._factor
+        return float(self._filled_groups()[0][SIGMA]) * self._factor
 
     @property
     def _factor(self) -> float:
         return schedules.factor(self._schedule, self.step_count, self.total_steps)
+
+    def _sigmas(self, targets: Iterable[Target]) -> list[float]:
+        """Of each target: that of the groups which hold its adapters."""
+        sigma_of = {id(p): group[SIGMA] for group in self._filled_groups() for p in group["params"]}
+        sigmas = []
+        for target in targets:
+            adapters = [p for sharing in target.sharing for p in sharing.adapter_parameters()]
+            values = {sigma_of[id(p)] for p in adapters if id(p) in sigma_of}
+            if len(values) > 1:
+                raise ValueError(
+                    f"{target.name}: the parameters of its adapters are in groups of different sigma "
+                    f"{sorted(values)}"
+                )
+            sigmas.append(checkpoint.check_sigma(values.pop() if values else 0.0))
+        return sigmas
 
     def _count_step(self) -> None:
         step = self.step_count + 1
@@ -70,11 +93,11 @@ class ScheduledOptimizer(OptimizerWrapper):
         if SIGMA in param_group:
             checkpoint.check_sigma(param_group[SIGMA])
         self.base.add_param_group(param_group)
-        checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
+        self._filled_groups()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state; step, seed, sigma and schedule travel in ``param_groups``."""
-        checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
+        self._filled_groups()
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -83,14 +106,13 @@ class ScheduledOptimizer(OptimizerWrapper):
         Raises:
             TypeError, ValueError: The state is malformed or of another shape. Nothing was changed.
         """
-        checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
         checkpoint.check_state_dict(
             state_dict,
-            self.param_groups,
+            self._filled_groups(),
             self.defaults,
             custom_schedule=not isinstance(self._schedule, str),
         )
-        before = self.state, self.param_groups
+        before, total_steps = (self.state, self.param_groups), self.total_steps
         try:
             self.base.load_state_dict(state_dict)
             checkpoint.complete_groups(self.param_groups, before[1], self.defaults)
@@ -99,6 +121,12 @@ class ScheduledOptimizer(OptimizerWrapper):
             if isinstance(error, Exception) and not isinstance(error, (TypeError, ValueError)):
                 raise ValueError(f"{type(self.base).__name__} can't load this state: {error!r}") from error
             raise
+        if None not in (total_steps, self.total_steps) and total_steps != self.total_steps:
+            warnings.warn(
+                f"total_steps is {self.total_steps} from now on, as in the checkpoint, and not "
+                f"{total_steps}. Set `optimizer.total_steps` after loading to make the run longer or shorter",
+                stacklevel=3,
+            )
         saved = self.param_groups[0][SCHEDULE]
         if saved != CUSTOM_SCHEDULE:
             self._schedule = saved

@@ -19,6 +19,7 @@ from .parallel import lasting_empty
 
 _SEGMENTS = 64
 _ALIGNMENT = 16
+_BLOCKS = 4  # at least, in a table
 _STREAM = 0x7461626C65  # keeps the table's own numbers apart from GaussianNoise with the same seed
 
 
@@ -33,8 +34,9 @@ class NoiseTable:
     Don't share a table: two optimizers would overwrite each other's numbers.
 
     Args:
-        size: Numbers in the table, a multiple of 64. By default 2**22 on the CPU (16 MiB, which
-            stays in a last-level cache) and 2**25 on accelerators.
+        size: Numbers in the table, a multiple of 64, and at least four of the largest blocks. By
+            default 2**22 on the CPU (16 MiB, which stays in a last-level cache) and 2**25 on
+            accelerators.
     """
 
     def __init__(self, size: int | None = None) -> None:
@@ -61,10 +63,10 @@ class NoiseTable:
         It is this step's until the numbers of another are asked for.
         """
         table = self._table(key, device)
-        if max(sizes) > (length := table.numel()):
+        if _BLOCKS * max(sizes) > (length := table.numel()):
             raise ValueError(
-                f"a block of {max(sizes)} elements does not fit into a noise table of {length}; "
-                "pass noise=NoiseTable(size=...) with a larger size"
+                f"a noise table of {length} numbers is too small for blocks of {max(sizes)}, which could "
+                f"begin almost nowhere; pass noise=NoiseTable(size=...) with at least {_BLOCKS * max(sizes)}"
             )
         seeds = key.block_seeds(numbers)
         starts = [

@@ -174,7 +174,7 @@ def test_registrations_that_name_nothing_useful() -> None:
         register(layer, lora_A="lora_A", lora_B="lora_B", scaling="forward")
     register(layer, lora_A="lora_A", lora_B="lora_B", transposed=True)
     base = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.1)
-    refuses(ValueError, r"B @ A has shape \(4, 5\).*check lora_A", model=layer, base=base)
+    refuses(ValueError, r"B @ A has shapes \(4, 2\) @ \(2, 5\).*check lora_A", model=layer, base=base)
 
 
 # ---------------------------------------------------------------------- state dicts

@@ -115,6 +115,47 @@ def test_a_checkpoint_of_the_base_alone_loads_and_keeps_what_it_does_not_know() 
     train(model, optimizer, range(2))
 
 
+def test_a_state_may_be_loaded_into_the_base_alone() -> None:
+    model = lora_mlp()
+    optimizer = build(model)
+    optimizer.base.load_state_dict(torch.optim.AdamW(trainable(lora_mlp()), lr=0.5).state_dict())
+    train(model, optimizer, range(2))
+    assert (optimizer.step_count, optimizer.param_groups[0]["lr"]) == (2, 0.5)
+
+
+class OneMomentPerTensor(torch.optim.SGD):
+    """As NovoGrad keeps them."""
+
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["exp_avg_sq"] = p.grad.square().sum()
+        return super().step(closure)
+
+
+def test_moments_that_are_not_kept_for_each_element_are_loaded() -> None:
+    def build_one() -> tuple[nn.Module, FlatLoRAOptimizer]:
+        model = lora_mlp()
+        return model, flatlora(model, base=OneMomentPerTensor)
+
+    model, optimizer = build_one()
+    train(model, optimizer, range(2))
+    _, other = build_one()
+    other.load_state_dict(optimizer.state_dict())
+    assert other.step_count == 2
+
+
+def test_a_checkpoint_does_not_replace_what_was_asked_for_in_silence() -> None:
+    saved = build(lora_mlp()).state_dict()
+    longer = build(lora_mlp())
+    longer.total_steps = 50
+    with pytest.warns(UserWarning, match=r"total_steps is 8 from now on, .* and not 50"):
+        longer.load_state_dict(saved)
+    longer.total_steps = 50
+    custom = build(lora_mlp(), schedule="callable")
+    with pytest.raises(ValueError, match=r"schedule 'cosine', and the optimizer has a callable"):
+        custom.load_state_dict(saved)
+
+
 def test_our_checkpoint_loads_into_the_base_alone() -> None:
     model = lora_mlp()
     optimizer = build(model)

@@ -37,7 +37,8 @@ def test_another_seed_one_step_later_is_another_table() -> None:
 
 def test_the_table_is_gaussian_and_renewed_bit_by_bit() -> None:
     size = 1 << 14
-    tables = [numbers(NoiseTable(size), NoiseKey(0, step), size=size) for step in (9, 10, 10 + 64)]
+    steps = (9, 10, 10 + 64)
+    tables = [NoiseTable(size).places(NoiseKey(0, step), [0], [16], torch.device("cpu"))[0] for step in steps]
     for values in tables:
         assert stats.kstest(values.numpy(), "norm").pvalue > 1e-4
     before, after, later = (values.view(64, -1) for values in tables)
@@ -49,7 +50,7 @@ def test_sizes_that_do_not_fit() -> None:
     for size in (0, -64, 100):
         with pytest.raises(ValueError, match="positive multiple of 64"):
             NoiseTable(size)
-    with pytest.raises(ValueError, match=r"block of 128 elements does not fit.*larger size"):
+    with pytest.raises(ValueError, match=r"of 64 numbers is too small for blocks of 128.*at least 512"):
         numbers(NoiseTable(64), NoiseKey(0, 0), size=128)
 
 
