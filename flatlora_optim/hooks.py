@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from . import sharding
@@ -215,6 +216,27 @@ def hook_state_dicts(optimizer: FlatLoRAOptimizer, model: nn.Module) -> list[Rem
         if module is model
         or any(id(t) in weights for t in (*module._parameters.values(), *module._buffers.values()))
     ]
+
+
+class _BeforeBaseStep(_ModelHook):
+    """Refuses steps of the base that its wrapper knows nothing of."""
+
+    def __call__(self, base: Optimizer, args: Any, kwargs: Any) -> None:
+        optimizer = self._optimizer()
+        # torch.distributed.checkpoint lets an optimizer create its state by a step of lr 0.
+        if optimizer is None or optimizer._steps_base or not any(g.get("lr", 1) for g in base.param_groups):
+            return
+        raise RuntimeError(
+            "the base optimizer was stepped by itself, so that noise would neither come nor go: give the "
+            "loop, trainer or GradScaler the FlatLoRAOptimizer, or call its close() first"
+        )
+
+
+def hook_base(optimizer: FlatLoRAOptimizer, base: Optimizer) -> list[RemovableHandle]:
+    """Watches who steps the base, if it is a true optimizer."""
+    if not isinstance(base, Optimizer):
+        return []
+    return [base.register_step_pre_hook(_BeforeBaseStep(optimizer))]
 
 
 def attached_optimizers(model: nn.Module) -> list[FlatLoRAOptimizer]:

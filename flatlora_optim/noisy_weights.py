@@ -181,6 +181,16 @@ class NoisyWeights:
                     stacklevel=2,
                 )
 
+    def missed(self, noises: Sequence[Noise | None]) -> list[str]:
+        """The names of targets that have learned, but whose noise was never looked at."""
+        pairs = zip(self.perturbations, noises, strict=True)
+        unseen = [p.target for p, noise in pairs if noise is not None and not p.was_seen]
+        return [
+            target.name
+            for target in unseen
+            if any(p.grad is not None and bool(p.grad.any()) for p in target.adapter_parameters())
+        ]
+
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that in-place noise is written to."""
         for perturbation in self.perturbations:
@@ -195,7 +205,7 @@ class NoisyWeights:
         return None
 
     def _put_on(self, versions: ExitStack) -> None:
-        self._reshard()
+        sharding.reshard_all(self._model)
         for norms in self.norms:
             norms.forget_if_changed()
         # Known before it is true: an interrupt right after must find something to restore.
@@ -222,7 +232,7 @@ class NoisyWeights:
     def _remove(self) -> None:
         if not self.is_perturbed:
             return
-        self._reshard()
+        sharding.reshard_all(self._model)
         with self.timed():
             changed = forget_changed(self.perturbations)
             rewritten = [
@@ -243,12 +253,3 @@ class NoisyWeights:
 
     def _versions(self) -> list[int]:
         return [tensor._version for tensor in self.tensors()]
-
-    def _reshard(self) -> None:
-        """Gives FSDP2 modules their shards back: noise goes there, and is gathered from there.
-
-        FSDP2 keeps the gathered weights of the root module after a forward; they would not see
-        what is written to the shards.
-        """
-        for module in sharding.fsdp_modules(self._model):
-            module.reshard()

@@ -33,6 +33,16 @@ Closure = Callable[[], Any]
 NOISE_SOURCES: dict[str, Callable[[], NoiseSource]] = {"gaussian": GaussianNoise, "table": NoiseTable}
 """A new source of noise is one class and one entry here."""
 
+_NO_NOISE = (
+    "optimizer.step() came without a perturbed forward since the last step, so this was a plain LoRA "
+    "step. Call the model that was passed to FlatLoRAOptimizer, in train() mode and with gradients "
+    "enabled, or use step(closure) or `with optimizer.perturbed():`"
+)
+_UNSEEN_NOISE = (
+    "the adapters learn without noise, because the frozen layer's own forward never ran, as when a fused "
+    "kernel reads its weight. Switch that kernel off, or perturb a dense weight in place"
+)
+
 
 class FlatLoRAOptimizer(ScheduledOptimizer):
     """Wraps an optimizer so that LoRA looks for minima that are flat in the full weight space.
@@ -42,7 +52,8 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
     bit-identical to before when the base optimizer updates A and B (but with ``restore="subtract"``).
 
     It *is* an :class:`torch.optim.Optimizer` that shares ``param_groups``, ``state`` and
-    ``defaults`` with ``base``: learning-rate schedulers and trainers may hold either.
+    ``defaults`` with ``base``: learning-rate schedulers may hold either, and whoever calls ``step``
+    holds this one.
 
     Args:
         base: The optimizer that updates the adapters.
@@ -140,9 +151,9 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         self._forwards = hooks.Forwards(self._weights, self._put_noise_on)
         self._noises: list[Noise | None] | None = None
         self._perturbing: object = None  # changes with each one who puts noise on
-        self._warned = self._resolution_checked = False
+        self._warned = self._resolution_checked = self._steps_base = False
 
-        handles = hooks.hook_state_dicts(self, model)
+        handles = [*hooks.hook_state_dicts(self, model), *hooks.hook_base(self, base)]
         if auto:
             handles += hooks.hook_forwards(self, model)
         self._finalizer = weakref.finalize(self, hooks.release, perturbations, handles)
@@ -244,7 +255,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         """This step's noise: None for a target with sigma 0 or without an active adapter."""
         if self._noises is None or not any(self._noises):
             factor = self._factor
-            sigmas = self._sigmas()
+            sigmas = self._sigmas(self.targets)
             with self._weights.timed():
                 replica = sharding.replica(self._model)
                 key = NoiseKey(
@@ -255,21 +266,6 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
                     self._resolution_checked = True
                     self._weights.check_resolution(self._noises, 1 / factor)
         return self._noises
-
-    def _sigmas(self) -> list[float]:
-        checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
-        sigma_of = {id(p): group[SIGMA] for group in self.param_groups for p in group["params"]}
-        sigmas = []
-        for target in self.targets:
-            adapters = [p for sharing in target.sharing for p in sharing.adapter_parameters()]
-            values = {sigma_of[id(p)] for p in adapters if id(p) in sigma_of}
-            if len(values) > 1:
-                raise ValueError(
-                    f"{target.name}: the parameters of its adapters are in groups of different sigma "
-                    f"{sorted(values)}"
-                )
-            sigmas.append(checkpoint.check_sigma(values.pop() if values else 0.0))
-        return sigmas
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
 
@@ -284,12 +280,12 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         self._forwards.running.clear()
         if closure is None:
             self.restore()
-            loss = self.base.step()
+            loss = self._step_base()
         elif self._base_takes_closure:
-            loss = self.base.step(lambda: self._call_perturbed(closure))
+            loss = self._step_base(lambda: self._call_perturbed(closure))
         else:
             loss = self._call_perturbed(closure)
-            self.base.step()
+            self._step_base()
         self._end_step()
         return loss
 
@@ -297,21 +293,30 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         with torch.enable_grad(), self.perturbed():
             return closure()
 
+    def _step_base(self, *closure: Closure) -> Any:
+        self._steps_base = True
+        try:
+            return self.base.step(*closure)
+        finally:
+            self._steps_base = False
+
     def _end_step(self) -> None:
         if self._noises is None and all(group.get("lr", 1) == 0 for group in self.param_groups):
             return  # torch.distributed.checkpoint lets an optimizer create its state by such a step
-        sigma = max((group[SIGMA] for group in self.param_groups), default=0.0)
-        if not any(self._noises or ()) and not self._warned and sigma * self._factor > 0:
+        if not self._warned and (complaint := self._complaint()):
             self._warned = True
-            warnings.warn(
-                "optimizer.step() came without a perturbed forward since the last step, so this was "
-                "a plain LoRA step. Call the model that was passed to FlatLoRAOptimizer, in train() "
-                "mode and with gradients enabled, or use step(closure) or `with optimizer.perturbed():`",
-                stacklevel=4,
-            )
+            warnings.warn(complaint, stacklevel=4)
         # Before it is counted: an interrupt in between must not carry noise over to the next step.
         self._noises, self._perturbing = None, None
         self._count_step()
+
+    def _complaint(self) -> str | None:
+        """What was wrong with the noise of the step that ends now."""
+        if not any(self._noises or ()):
+            sigma = max((group[SIGMA] for group in self.param_groups), default=0.0)
+            return _NO_NOISE if sigma * self._factor > 0 else None
+        missed = self._weights.missed(self._noises or ())
+        return f"{', '.join(missed[:3])}{' …' if missed[3:] else ''}: {_UNSEEN_NOISE}" if missed else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

@@ -114,6 +114,28 @@ def fsdp_modules(model: nn.Module) -> Iterator[Any]:
                 yield module
 
 
+def reshard(module: Any) -> None:
+    """Gives the module's own shards back, also in the middle of its forward."""
+    gathered = _count_gathered(module)
+    module.reshard()
+    if gathered and _count_gathered(module) == gathered:
+        # With reshard_after_forward=False, as for the root, reshard() does nothing within a forward.
+        module.set_reshard_after_forward(True, recurse=False)
+        module.reshard()
+        module.set_reshard_after_forward(False, recurse=False)
+
+
+def reshard_all(model: nn.Module) -> None:
+    """Gives all shards of the model back: noise goes there, and is gathered from there.
+
+    FSDP2 keeps the gathered weights of the root module after a forward; they would not see what is
+    written to the shards.
+    """
+    # Inner modules first: what is gathered under a module is then its own.
+    for module in reversed(list(fsdp_modules(model))):
+        reshard(module)
+
+
 @contextmanager
 def before_gathering(module: Any, hook: object) -> Iterator[None]:
     """A block inside a forward pre-hook that runs before FSDP2 gathers the module's weights.
@@ -128,13 +150,7 @@ def before_gathering(module: Any, hook: object) -> Iterator[None]:
         yield
         return
     hooks.move_to_end(next(key for key, other in hooks.items() if other is hook), last=False)
-    gathered = _count_gathered(module)
-    module.reshard()
-    if _count_gathered(module) == gathered:
-        # With reshard_after_forward=False, reshard() does nothing within a forward.
-        module.set_reshard_after_forward(True, recurse=False)
-        module.reshard()
-        module.set_reshard_after_forward(False, recurse=False)
+    reshard(module)
     yield
     module.unshard()
 

@@ -23,7 +23,7 @@ class OptimizerWrapper(Optimizer):
     """Shares ``param_groups``, ``state`` and ``defaults`` with a base optimizer.
 
     It *is* a :class:`torch.optim.Optimizer`, as learning-rate schedulers, ``GradScaler`` and
-    trainers demand, and each of them may hold either of the two.
+    trainers demand. Whoever only reads and sets them may hold either of the two.
     """
 
     # GradScaler then unscales by itself and skips `step` when it found an inf.

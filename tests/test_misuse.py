@@ -49,6 +49,18 @@ def test_backward_outside_of_the_block_is_caught_by_autograd(
         loss.backward()
 
 
+def test_the_base_is_not_stepped_past_its_wrapper(model: nn.Module, optimizer: FlatLoRAOptimizer) -> None:
+    loss_of(model, BATCH).backward()
+    old = [p.detach().clone() for p in trainable(model)]
+    with pytest.raises(RuntimeError, match="base optimizer was stepped by itself"):
+        optimizer.base.step()
+    assert all(torch.equal(p, o) for p, o in zip(trainable(model), old, strict=True))
+    optimizer.step()
+    optimizer.close()
+    optimizer.base.step()
+    assert not any(torch.equal(p, o) for p, o in zip(trainable(model), old, strict=True))
+
+
 def test_a_graph_on_clean_weights_is_invalid_under_noise(
     model: nn.Module, optimizer: FlatLoRAOptimizer
 ) -> None:

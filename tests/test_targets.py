@@ -437,3 +437,15 @@ def test_a_parametrized_weight_is_perturbed_in_the_forward() -> None:
         difference = (module.linear(x) - clean).norm() / clean.norm()
         assert 0.02 < difference < 0.5
     assert torch.equal(module.linear(x), clean)
+    optimizer.step()
+    module.bfloat16()
+    with optimizer.perturbed():
+        assert module.linear(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_parametrized_convolution_is_skipped() -> None:
+    model = lora_convnet()
+    nn.utils.parametrizations.weight_norm(model.base_model.model.conv1.base_layer)
+    model.base_model.model.conv1.base_layer.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"conv1: .* no linear layer"):
+        assert len(flatlora(model).targets) == 2

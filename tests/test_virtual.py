@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flatlora_optim import register
 from helpers import (
+    OwnLoRA,
     assert_equal_tensors,
     changed_weights,
     fingerprint,
@@ -93,6 +96,71 @@ def test_weights_are_never_written_and_forwards_come_back(case: str) -> None:
     assert not changed_weights(model, before)
     assert loss_fn(model) == clean
     assert not any({"forward", "flatlora_forward"} & vars(module).keys() for module in model.modules())
+
+
+class ReadsTheWeight(OwnLoRA):
+    """Computes with the weight itself, as fused kernels do."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.randn(4, 4))
+        self.linear = nn.Linear(4, 4).requires_grad_(False)
+        register(self, weight="linear.weight", lora_A="lora_A", lora_B="lora_B")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.linear.weight + self.lora_B @ self.lora_A).T
+
+
+def test_noise_that_no_forward_sees_is_told_once() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reads, self.unused = ReadsTheWeight(), ReadsTheWeight()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.reads(x)
+
+    model = Model()
+    optimizer = flatlora(model, mode="virtual")
+    for warns in (True, False):
+        model(torch.randn(2, 4)).square().sum().backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        complaints = [str(w.message).partition(" because")[0] for w in caught]
+        assert complaints == (["reads: the adapters learn without noise,"] if warns else [])
+    optimizer = flatlora(model, mode="in_place")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(2, 4)).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_of_accelerate_may_come_and_go_in_the_middle_of_a_step(before: bool) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = lora_mlp()
+    layer = model.base_model.model.fc1.base_layer
+    clean = mlp_loss(model).item()
+
+    def change() -> None:
+        if before:
+            hooks.remove_hook_from_module(layer)
+        else:
+            hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu"))
+
+    if before:
+        hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu"))
+    optimizer = flatlora(model, mode="virtual", lr=0.0)
+    loss = mlp_loss(model)
+    loss.backward()
+    assert loss.item() != clean
+    change()
+    optimizer.step()
+    assert mlp_loss(model.eval()).item() == clean
+    assert "flatlora_forward" not in vars(layer)
+    before = not before
+    change()
+    assert mlp_loss(model).item() == clean
 
 
 def test_sigma_zero_leaves_the_layers_own_forward_in_place() -> None:

@@ -23,6 +23,9 @@ class Perturbation:
     mode = ""
     """How the target is perturbed, as shown by ``print(optimizer)``."""
 
+    was_seen = True
+    """Whether anything has ever computed with the noise, as far as that can be told."""
+
     def __init__(self, target: Target) -> None:
         self.target = target
 

@@ -8,6 +8,7 @@ backward and in recomputation; nothing of the weight's size is saved for backwar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -37,6 +38,7 @@ class VirtualPerturbation(Perturbation):
     def __init__(self, target: Target) -> None:
         super().__init__(target)
         self._noise: Noise | None = None
+        self.was_seen = False
         # Made once, so that a compiled model meets the same functions at every step.
         self._forwards = [
             self._forward(owner, _noisy_forward(owner, target.weight)) for owner in target.owners
@@ -44,6 +46,7 @@ class VirtualPerturbation(Perturbation):
 
     def _forward(self, owner: nn.Module, noisy: Callable[..., Tensor]) -> Forward:
         def forward(x: Tensor) -> Tensor:
+            self.was_seen = True
             return noisy(owner, self.target.weight, self._noise, x)
 
         # Tracing would bake one step's noise into the graph.
@@ -63,13 +66,9 @@ class VirtualPerturbation(Perturbation):
         self._noise = None
 
 
-def _forward_name(owner: nn.Module) -> str:
-    # accelerate's hooks move `forward` to `_old_forward` and call it after placing the weights.
-    return "_old_forward" if "_old_forward" in owner.__dict__ else "forward"
-
-
 def _replace_forward(owner: nn.Module, forward: Forward) -> None:
-    name = _forward_name(owner)
+    # accelerate's hooks move `forward` to `_old_forward` and call it after placing the weights.
+    name = "_old_forward" if "_old_forward" in owner.__dict__ else "forward"
     owner.__dict__["flatlora_forward"] = owner.__dict__.get(name), forward
     owner.__dict__[name] = forward
 
@@ -78,11 +77,13 @@ def _put_forward_back(owner: nn.Module, forward: Forward) -> None:
     before, ours = owner.__dict__.get("flatlora_forward", (None, None))
     if ours is not forward:
         return
-    name = _forward_name(owner)
-    if before is None:
-        owner.__dict__.pop(name, None)  # the class's own
-    else:
-        owner.__dict__[name] = before
+    # Such a hook may have come or gone in the meantime.
+    if owner.__dict__.get("_old_forward") is forward:
+        owner.__dict__["_old_forward"] = before or MethodType(type(owner).forward, owner)
+    elif owner.__dict__.get("forward") is forward and before is None:
+        del owner.__dict__["forward"]  # the class's own
+    elif owner.__dict__.get("forward") is forward:
+        owner.__dict__["forward"] = before
     del owner.__dict__["flatlora_forward"]
 
 

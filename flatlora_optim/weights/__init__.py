@@ -45,14 +45,12 @@ def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int, name: str = "w
         return Bnb8bitWeight(owner)
     rows = getattr(layer, "out_features", None) or getattr(owner, "out_features", None)
     columns = getattr(layer, "in_features", None) or getattr(owner, "in_features", None)
-    if not (isinstance(rows, int) and isinstance(columns, int)):
+    if not (isinstance(rows, int) and isinstance(columns, int)) or hasattr(owner, "kernel_size"):
         raise UnsupportedAdapterError(
-            f"the weight of {type(owner).__name__} can't be read and its in_features and "
-            "out_features are unknown"
+            f"the weight of {type(owner).__name__} can't be read, and it is no linear layer whose "
+            "in_features and out_features are known"
         )
-    tensors: tuple[Tensor, ...] = (*owner.parameters(), *owner.buffers())
-    device = next((t.device for t in tensors), torch.device("cpu"))
-    return OpaqueWeight(owner, (rows, columns), device)
+    return OpaqueWeight(owner, (rows, columns))
 
 
 def _is_plain(weight: object) -> bool:

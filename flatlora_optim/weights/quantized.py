@@ -109,11 +109,9 @@ class OpaqueWeight(FrozenWeight):
 
     kind = "opaque"
 
-    def __init__(self, layer: nn.Module, shape: tuple[int, int], device: torch.device) -> None:
+    def __init__(self, layer: nn.Module, shape: tuple[int, int]) -> None:
         super().__init__(layer)
         self._shape = torch.Size(shape)
-        self._device = device
-        self._dtype = _compute_dtype(layer)
 
     @property
     def shape(self) -> torch.Size:
@@ -121,13 +119,14 @@ class OpaqueWeight(FrozenWeight):
 
     @property
     def device(self) -> torch.device:
-        return self._device
+        tensors: tuple[Tensor, ...] = (*self.layer.parameters(), *self.layer.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     @torch.no_grad()
     def _apply(self, x: Tensor) -> Tensor:
         """``x @ W.T``, without the bias."""
         forward = own_forward(self.layer)
-        x = x.to(self._dtype)
+        x = x.to(_compute_dtype(self.layer))
         output: Tensor = forward(x) - forward(torch.zeros_like(x[:1]))
         return output.float()
 

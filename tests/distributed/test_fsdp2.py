@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam
 
+from flatlora_optim import landscape
 from helpers import MLP, flatlora, lora_convnet, lora_gpt2, lora_lm, lora_mlp, with_lora
 from launch import launch
 
@@ -171,6 +172,47 @@ def test_each_copy_of_a_hybrid_has_noise_of_its_own(rank_noise: str) -> None:
     same = [torch.equal(noisy[name], noisy_2[name]) for name in noisy if name.endswith("weight")]
     assert same == [rank_noise == "shared"] * 2
     assert all(map(torch.equal, adapters, adapters_2))
+
+
+class Failing(MLP):
+    fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.fc1(x))
+        if self.fails:
+            raise ValueError("in the middle")
+        return self.fc2(x)
+
+
+def failing() -> None:
+    """In the middle of a forward, the root's weights are gathered."""
+    for explicit in (True, False):
+        for inner in (True, False):
+            model = with_lora(Failing(), ["fc1", "fc2"])
+            if inner:
+                fully_shard(model.base_model.model.fc1)
+            fully_shard(model)
+            clean = weights(model)
+            optimizer = flatlora(model, auto=not explicit)
+            model.base_model.model.fails = True
+            noise = optimizer.perturbed() if explicit else nullcontext()
+            with pytest.raises(ValueError, match="in the middle"), noise:
+                model(torch.ones(1, 6))
+            model.base_model.model.fails = False
+            assert not optimizer.is_perturbed
+            after = weights(model)
+            assert all(torch.equal(after[name], clean[name]) for name in clean)
+            with optimizer.perturbed() if explicit else nullcontext():
+                model(torch.ones(1, 6)).sum().backward()
+                with pytest.raises(ValueError, match="sharded"):
+                    landscape.expected_loss(model, lambda model: model(torch.ones(1, 6)).sum(), sigma=0.1)
+            optimizer.step()
+            after = weights(model)
+            assert all(torch.equal(after[name], clean[name]) for name in clean)
+
+
+def test_an_exception_in_a_forward_leaves_clean_shards() -> None:
+    launch(failing)
 
 
 def sharded_later(late: bool, reshard_after_forward: bool | None) -> list[float]:
