@@ -18,7 +18,7 @@ import generalization
 from generalization import Cell, Results, Run
 from study import report
 from study.methods import METHODS, SAM, AdapterNoise, Method
-from study.tasks import Digits, Scores, Task, endless, with_wrong_labels
+from study.tasks import Arithmetic, Digits, Scores, Task, add_lora, endless, with_wrong_labels
 
 LORA = METHODS[0]
 
@@ -196,3 +196,21 @@ def test_digits_keep_training_validation_and_test_apart() -> None:
     clean = Digits(train=50, tests=400, flat=10)
     assert torch.equal(task._data["test"][1], clean._data["test"][1])
     assert int((task._data["train"][1] != clean._data["train"][1]).sum()) == 10
+
+
+def test_the_answers_are_predicted_as_from_the_whole_question() -> None:
+    """What all questions begin with is computed once, and the rest is padded behind it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    model = add_lora(
+        LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)), ["q_proj", "up_proj"], 2, 0
+    )
+    batch = [([5, 6, 7, 8, 9, 1, 2], 5), ([5, 6, 7, 9, 3], 4), ([5, 6, 7, 3, 3, 3, 3, 4], 7)]
+    logits, labels = Arithmetic._predictions(model, batch)
+    for row, (tokens, start) in enumerate(batch):
+        answer = labels[row] != -100
+        assert labels[row][answer].tolist() == tokens[start:]
+        expected = model(input_ids=torch.tensor([tokens])).logits[0, start - 1 : -1]
+        torch.testing.assert_close(logits[row][answer], expected, rtol=1e-5, atol=1e-6)
