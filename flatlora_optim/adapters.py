@@ -85,14 +85,19 @@ class Target:
         """Whether an adapter has been written into the base weight."""
         return any(getattr(each.layer, "merged", False) for each in self.sharing)
 
+    def all_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of all active adapters on this weight."""
+        for sharing in self.sharing:
+            yield from sharing.adapter_parameters()
+
     def low_rank(self, left: Tensor, right: Tensor) -> LowRank:
         """
         Raises:
-            ValueError: The product is not of the weight's shape.
+            UnsupportedAdapterError: The product is not of the weight's shape.
         """
         rows, columns = self.weight.rows, self.weight.columns
         if left.shape != (rows, len(right)) or right.shape[1:] != (columns,):
-            raise ValueError(
+            raise UnsupportedAdapterError(
                 f"{self.name or 'module'}: B @ A has shapes {tuple(left.shape)} @ {tuple(right.shape)}, but "
                 f"the weight has {rows} output neurons and {columns} inputs; check lora_A, lora_B (shapes "
                 "(r, n) and (m, r)) and `transposed`"
@@ -134,10 +139,7 @@ class PeftLoRA(Target):
             raise UnsupportedAdapterError(f"{', '.join(unknown)} of PEFT does not add B @ A to the weight")
         row_dim = 1 if _is_transposed(module, owner) else 0
         target = cls(name, module, owner, read_weight(owner, module, row_dim))
-        try:
-            target.delta()
-        except ValueError as error:
-            raise UnsupportedAdapterError(str(error)) from None
+        target.delta()
         return target
 
     def _active(self) -> Iterator[tuple[str, Any, Any]]:
@@ -257,10 +259,10 @@ class HandWrittenLoRA(Target):
         target = cls(name, module, owner, weight, parts)
         try:
             target.delta()
-        except ValueError as error:
+        except UnsupportedAdapterError as error:
             if registered is None:
-                raise UnsupportedAdapterError(str(error)) from None
-            raise
+                raise
+            raise ValueError(str(error)) from None
         return target
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
@@ -16,10 +17,12 @@ from torch.utils.hooks import RemovableHandle
 from . import sharding
 from .noisy_weights import NoisyWeights
 from .perturbation import Perturbation, forget_changed, remove_all
+from .wrapper import changes_nothing
 
 if TYPE_CHECKING:
     from .optimizer import FlatLoRAOptimizer
 
+_CALL = nn.Module._call_impl.__code__
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -36,19 +39,20 @@ class Forwards:
         self._perturb = weakref.WeakMethod(perturb)
         self.running: list[nn.Module] = []
         """The watched modules whose forwards are under way, outermost first."""
+        self._thread = 0
         self.explicit = False
         """Whether the user put the noise on, who may train in eval mode then."""
         self._suspended = False
 
     def begins(self, module: nn.Module) -> None:
+        if self.running and self._thread == threading.get_ident() and not _is_under_way(self.running[0]):
+            self.running.clear()  # an interrupt kept it from ending
         if module in self.running:
-            # An interrupt kept an earlier forward from ending.
-            del self.running[self.running.index(module) :]
-        elif self.running and not self._sees_noise(module) and not _is_under_way(self.running[0]):
-            self.running.clear()  # likewise
+            del self.running[self.running.index(module) :]  # likewise
         self.running.append(module)
         if len(self.running) > 1:
             return
+        self._thread = threading.get_ident()
         self.resume()
         if self._weights.is_suspended:
             return  # the user asked for clean weights
@@ -97,12 +101,7 @@ class Forwards:
         return (
             (module.training or self.explicit)
             and torch.is_grad_enabled()
-            and any(
-                True
-                for target in self._weights.targets
-                for sharing in target.sharing
-                for _ in sharing.adapter_parameters()
-            )
+            and any(True for target in self._weights.targets for _ in target.all_parameters())
         )
 
 
@@ -163,10 +162,14 @@ def _in_backward() -> bool:
 
 
 def _is_under_way(module: nn.Module) -> bool:
-    """Whether the module's forward is on the stack. Compiled code hides it: there, it is taken to be."""
+    """Whether the module's forward is on the stack. In compiled code it can't be seen, and is taken to be."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name.startswith("torch_dynamo") or frame.f_locals.get("self") is module:
+        code = frame.f_code
+        if code is _CALL:
+            if frame.f_locals.get("self") is module:
+                return True
+        elif code.co_name == _CALL.co_name or code.co_name.startswith("torch_dynamo"):
             return True
         frame = frame.f_back
     return False
@@ -223,8 +226,7 @@ class _BeforeBaseStep(_ModelHook):
 
     def __call__(self, base: Optimizer, args: Any, kwargs: Any) -> None:
         optimizer = self._optimizer()
-        # torch.distributed.checkpoint lets an optimizer create its state by a step of lr 0.
-        if optimizer is None or optimizer._steps_base or not any(g.get("lr", 1) for g in base.param_groups):
+        if optimizer is None or optimizer._steps_base or changes_nothing(base.param_groups):
             return
         raise RuntimeError(
             "the base optimizer was stepped by itself, so that noise would neither come nor go: give the "
@@ -233,8 +235,8 @@ class _BeforeBaseStep(_ModelHook):
 
 
 def hook_base(optimizer: FlatLoRAOptimizer, base: Optimizer) -> list[RemovableHandle]:
-    """Watches who steps the base, if it is a true optimizer."""
-    if not isinstance(base, Optimizer):
+    """Watches who steps the base, if it has all of torch's own optimizers."""
+    if not hasattr(base, "_optimizer_step_pre_hooks"):
         return []
     return [base.register_step_pre_hook(_BeforeBaseStep(optimizer))]
 
@@ -266,5 +268,7 @@ def release(perturbations: Sequence[Perturbation], handles: list[RemovableHandle
     """Leaves the model as it was before it had an optimizer."""
     for handle in handles:
         handle.remove()
-    forget_changed(perturbations)
-    remove_all(perturbations)
+    try:
+        forget_changed(perturbations)
+    finally:
+        remove_all(perturbations)

@@ -183,12 +183,14 @@ class NoisyWeights:
 
     def missed(self, noises: Sequence[Noise | None]) -> list[str]:
         """The names of targets that have learned, but whose noise was never looked at."""
-        pairs = zip(self.perturbations, noises, strict=True)
-        unseen = [p.target for p, noise in pairs if noise is not None and not p.was_seen]
+        noisy = [p for p, noise in zip(self.perturbations, noises, strict=True) if noise is not None]
+        if sharding.in_a_group() and any(perturbation.was_seen for perturbation in noisy):
+            return []  # the gradient of a layer that did not run here may be that of others
         return [
-            target.name
-            for target in unseen
-            if any(p.grad is not None and bool(p.grad.any()) for p in target.adapter_parameters())
+            perturbation.target.name
+            for perturbation in noisy
+            if not perturbation.was_seen
+            and any(p.grad is not None and p.grad.any() for p in perturbation.target.all_parameters())
         ]
 
     def tensors(self) -> Iterator[Tensor]:

@@ -26,7 +26,7 @@ from .scheduled import ScheduledOptimizer
 from .schedules import Schedule
 from .selection import choose_perturbations
 from .table import NoiseTable
-from .wrapper import check_base
+from .wrapper import changes_nothing, check_base
 
 Closure = Callable[[], Any]
 
@@ -139,7 +139,6 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         self.skipped = found.skipped
         """Adapter layers that are not perturbed, and why."""
         self._source = NOISE_SOURCES[noise]() if isinstance(noise, str) else noise
-        self._rank_noise = rank_noise
         self._options = {
             "auto": auto,
             "mode": mode,
@@ -151,7 +150,8 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         self._forwards = hooks.Forwards(self._weights, self._put_noise_on)
         self._noises: list[Noise | None] | None = None
         self._perturbing: object = None  # changes with each one who puts noise on
-        self._warned = self._resolution_checked = self._steps_base = False
+        self._told = {""}  # complaints
+        self._resolution_checked = self._steps_base = False
 
         handles = [*hooks.hook_state_dicts(self, model), *hooks.hook_base(self, base)]
         if auto:
@@ -258,9 +258,8 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
             sigmas = self._sigmas(self.targets)
             with self._weights.timed():
                 replica = sharding.replica(self._model)
-                key = NoiseKey(
-                    self.seed, self.step_count, replica if self._rank_noise == "independent" else 0
-                )
+                is_shared = self._options["rank_noise"] == "shared"
+                key = NoiseKey(self.seed, self.step_count, 0 if is_shared else replica)
                 self._noises = self._weights.draw(self._source, key, [sigma * factor for sigma in sigmas])
                 if factor > 0 and not self._resolution_checked:
                     self._resolution_checked = True
@@ -294,34 +293,38 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
             return closure()
 
     def _step_base(self, *closure: Closure) -> Any:
-        self._steps_base = True
         try:
+            self._steps_base = True
             return self.base.step(*closure)
         finally:
             self._steps_base = False
 
     def _end_step(self) -> None:
-        if self._noises is None and all(group.get("lr", 1) == 0 for group in self.param_groups):
-            return  # torch.distributed.checkpoint lets an optimizer create its state by such a step
-        if not self._warned and (complaint := self._complaint()):
-            self._warned = True
-            warnings.warn(complaint, stacklevel=4)
+        if self._noises is None and changes_nothing(self.param_groups):
+            return
+        subject, complaint = self._complaint()
+        if complaint not in self._told:
+            self._told.add(complaint)
+            warnings.warn(subject + complaint, stacklevel=4)
         # Before it is counted: an interrupt in between must not carry noise over to the next step.
         self._noises, self._perturbing = None, None
         self._count_step()
 
-    def _complaint(self) -> str | None:
-        """What was wrong with the noise of the step that ends now."""
-        if not any(self._noises or ()):
+    def _complaint(self) -> tuple[str, str]:
+        """What was wrong with the noise of the step that ends now, and where."""
+        noises = self._noises or ()
+        if not any(noises):
             sigma = max((group[SIGMA] for group in self.param_groups), default=0.0)
-            return _NO_NOISE if sigma * self._factor > 0 else None
-        missed = self._weights.missed(self._noises or ())
-        return f"{', '.join(missed[:3])}{' …' if missed[3:] else ''}: {_UNSEEN_NOISE}" if missed else None
+            return "", _NO_NOISE if sigma > 0 and sigma * self._factor > 0 else ""
+        missed = self._weights.missed(noises)
+        return f"{', '.join(missed[:3])}{' …' if missed[3:] else ''}: ", _UNSEEN_NOISE if missed else ""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        total_steps = self.total_steps
         super().load_state_dict(state_dict)
         self._noises = None
         self.restore()
+        self._tell_of_another_length(total_steps)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles take the model, the base and the step along."""

@@ -69,8 +69,7 @@ class ScheduledOptimizer(OptimizerWrapper):
         sigma_of = {id(p): group[SIGMA] for group in self._filled_groups() for p in group["params"]}
         sigmas = []
         for target in targets:
-            adapters = [p for sharing in target.sharing for p in sharing.adapter_parameters()]
-            values = {sigma_of[id(p)] for p in adapters if id(p) in sigma_of}
+            values = {sigma_of[id(p)] for p in target.all_parameters() if id(p) in sigma_of}
             if len(values) > 1:
                 raise ValueError(
                     f"{target.name}: the parameters of its adapters are in groups of different sigma "
@@ -112,7 +111,7 @@ class ScheduledOptimizer(OptimizerWrapper):
             self.defaults,
             custom_schedule=not isinstance(self._schedule, str),
         )
-        before, total_steps = (self.state, self.param_groups), self.total_steps
+        before = self.state, self.param_groups
         try:
             self.base.load_state_dict(state_dict)
             checkpoint.complete_groups(self.param_groups, before[1], self.defaults)
@@ -121,12 +120,14 @@ class ScheduledOptimizer(OptimizerWrapper):
             if isinstance(error, Exception) and not isinstance(error, (TypeError, ValueError)):
                 raise ValueError(f"{type(self.base).__name__} can't load this state: {error!r}") from error
             raise
-        if None not in (total_steps, self.total_steps) and total_steps != self.total_steps:
-            warnings.warn(
-                f"total_steps is {self.total_steps} from now on, as in the checkpoint, and not "
-                f"{total_steps}. Set `optimizer.total_steps` after loading to make the run longer or shorter",
-                stacklevel=3,
-            )
         saved = self.param_groups[0][SCHEDULE]
         if saved != CUSTOM_SCHEDULE:
             self._schedule = saved
+
+    def _tell_of_another_length(self, before: int | None) -> None:
+        if None not in (before, self.total_steps) and before != self.total_steps:
+            warnings.warn(
+                f"total_steps is {self.total_steps} from now on, as in the checkpoint, and not {before}. "
+                "Set `optimizer.total_steps` after loading to make the run longer or shorter",
+                stacklevel=3,
+            )

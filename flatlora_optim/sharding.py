@@ -93,7 +93,7 @@ def replica(model: nn.Module) -> int:
 
     Processes that hold parts of the same copy agree on it: the lowest rank among them.
     """
-    if not _in_a_group():
+    if not in_a_group():
         return 0
     check_engine(model)  # it may have been wrapped after the optimizer was built
     weight: Any = next((p for p in model.parameters() if is_sharded(p)), None)
@@ -108,7 +108,7 @@ def replica(model: nn.Module) -> int:
 
 def fsdp_modules(model: nn.Module) -> Iterator[Any]:
     """The modules that ``fully_shard`` was applied to."""
-    if _in_a_group():
+    if in_a_group():
         for module in model.modules():
             if hasattr(module, "reshard") and hasattr(module, "unshard"):
                 yield module
@@ -116,13 +116,12 @@ def fsdp_modules(model: nn.Module) -> Iterator[Any]:
 
 def reshard(module: Any) -> None:
     """Gives the module's own shards back, also in the middle of its forward."""
-    gathered = _count_gathered(module)
     module.reshard()
-    if gathered and _count_gathered(module) == gathered:
-        # With reshard_after_forward=False, as for the root, reshard() does nothing within a forward.
-        module.set_reshard_after_forward(True, recurse=False)
-        module.reshard()
-        module.set_reshard_after_forward(False, recurse=False)
+    state = module._get_fsdp_state()
+    for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+        if group is not None and group.is_unsharded:
+            # With reshard_after_forward=False, as for the root, reshard() does nothing within a forward.
+            group._to_sharded()
 
 
 def reshard_all(model: nn.Module) -> None:
@@ -131,8 +130,7 @@ def reshard_all(model: nn.Module) -> None:
     FSDP2 keeps the gathered weights of the root module after a forward; they would not see what is
     written to the shards.
     """
-    # Inner modules first: what is gathered under a module is then its own.
-    for module in reversed(list(fsdp_modules(model))):
+    for module in fsdp_modules(model):
         reshard(module)
 
 
@@ -153,10 +151,6 @@ def before_gathering(module: Any, hook: object) -> Iterator[None]:
     reshard(module)
     yield
     module.unshard()
-
-
-def _count_gathered(module: nn.Module) -> int:
-    return sum(not is_sharded(parameter) for parameter in module.parameters())
 
 
 def check_engine(model: nn.Module) -> None:
@@ -181,5 +175,5 @@ def _sharded_dims(tensor: Any) -> list[int]:
     return [dim for dim, placement in enumerate(tensor.placements) if hasattr(placement, "dim")]
 
 
-def _in_a_group() -> bool:
+def in_a_group() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -185,8 +185,8 @@ class _Sum(Noise):
 @contextmanager
 def measuring(model: nn.Module, loss_fn: LossFn) -> Iterator[Surroundings]:
     """The model in eval mode, undisturbed by an attached optimizer; all is put back afterwards."""
-    found = find_targets(model)
-    targets = [target for target in found.targets if any(True for _ in target.adapter_parameters())]
+    found = find_targets(model, _why_not_measured)
+    targets = found.targets
     if not targets:
         raise ValueError(f"no active LoRA adapter found in {type(model).__name__}\n{found.report()}".rstrip())
     for target in targets:
@@ -211,12 +211,17 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     model.eval()
     for module, _ in before:
         # In eval mode, bitsandbytes repacks a 4-bit weight for a CPU kernel of its own.
-        module.training = getattr(module._parameters.get("weight"), "quant_state", None) is not None
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        module.training = getattr(weight, "quant_state", None) is not None
     try:
         yield
     finally:
         for module, training in before:
             module.training = training
+
+
+def _why_not_measured(target: Target) -> str | None:
+    return None if any(True for _ in target.adapter_parameters()) else "none of its adapters is active"
 
 
 def _has_dora(target: Target) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from torch import nn
 
@@ -102,15 +101,18 @@ def _merged_attention(name: str, model: nn.Module) -> str | None:
 
 def _check_overlap(targets: list[Target]) -> None:
     """Raises ValueError if two weights have a part of their memory in common."""
-    weights = ((target.name, target.weight) for target in targets)
-    places = [(*weight.memory(), name) for name, weight in weights if isinstance(weight, DenseWeight)]
-    places.sort(key=lambda place: (str(place[0]), place[1]))
-    for (device, _, end, name), (other_device, start, _, other) in pairwise(places):
-        if device == other_device and start < end:
-            raise ValueError(
-                f"the weights of {name} and {other} share a part of their memory, and noise on one of them "
-                "would be on the other; give each memory of its own (`clone()`)"
-            )
+    weights = [(target.name, target.weight) for target in targets]
+    places = [(weight.memory(), name, weight) for name, weight in weights if isinstance(weight, DenseWeight)]
+    places.sort(key=lambda place: (str(place[0][0]), *place[0][1:]))
+    for i, ((device, _, end), name, weight) in enumerate(places):
+        for (other_device, start, _), other_name, other in places[i + 1 :]:
+            if device != other_device or start >= end:
+                break
+            if weight.overlaps(other):
+                raise ValueError(
+                    f"the weights of {name} and {other_name} share a part of their memory, and noise on "
+                    "one of them would be on the other; give each memory of its own (`clone()`)"
+                )
 
 
 def _check(target: Target) -> None:

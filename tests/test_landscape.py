@@ -227,6 +227,22 @@ def test_top_eigenvalue_is_not_what_two_others_agree_on_for_a_while(seed: int) -
         assert not landscape.top_eigenvalue(model, loss, seed=seed, **silent).converged
 
 
+def test_a_tied_weight_is_measured_if_any_of_its_adapters_is_active() -> None:
+    model = lora_lm(tied=True, targets=("embed", "lm_head"))
+    model.base_model.model.embed.enable_adapters(False)
+    tokens = torch.arange(6).view(2, 3)
+    around = landscape.expected_loss(
+        model, lambda model: model(tokens).square().mean(), sigma=0.5, samples=2, **silent
+    )
+    assert around.samples.tolist() != [around.at_minimum] * 2
+
+
+def test_scripted_modules_are_left_alone() -> None:
+    model = lora_mlp()
+    model.scripted = torch.jit.script(nn.Linear(2, 2))
+    landscape.expected_loss(model, mlp_loss, sigma=0.1, samples=1, **silent)
+
+
 def test_dora_is_not_differentiated_twice() -> None:
     model = lora_mlp(use_dora=True)
     auto, differences = (

@@ -176,6 +176,16 @@ def test_garbage_collection_restores_and_removes_every_hook(
     assert hooks_of(model) == hooks
 
 
+def test_garbage_collection_restores_what_is_left(model: nn.Module, before: dict[str, Tensor]) -> None:
+    optimizer = flatlora(model)
+    loss_of(model, BATCH)
+    del model.base_model.model.fc1.base_layer.weight
+    del optimizer
+    gc.collect()
+    name = "base_model.model.fc2.base_layer.weight"
+    assert not changed_weights(model, {name: before[name]})
+
+
 def test_garbage_collection_writes_nothing_over_new_weights(model: nn.Module) -> None:
     optimizer = flatlora(model)
     loss_of(model, BATCH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -59,6 +60,29 @@ def test_the_base_is_not_stepped_past_its_wrapper(model: nn.Module, optimizer: F
     optimizer.close()
     optimizer.base.step()
     assert not any(torch.equal(p, o) for p, o in zip(trainable(model), old, strict=True))
+
+
+def test_another_thread_does_not_end_a_forward_that_is_under_way(
+    model: nn.Module, optimizer: FlatLoRAOptimizer
+) -> None:
+    inner = model.base_model.model
+    with torch.no_grad(), optimizer.perturbed():
+        expected = inner.fc2(torch.tanh(inner.fc1(BATCH[0])))
+
+    def call_from_elsewhere(*_: Any) -> None:
+        handle.remove()
+
+        def call() -> None:
+            with torch.no_grad():
+                inner(BATCH[0])
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    handle = inner.fc2.register_forward_pre_hook(call_from_elsewhere)
+    assert torch.equal(model(BATCH[0]), expected)
+    assert optimizer.is_perturbed
 
 
 def test_a_graph_on_clean_weights_is_invalid_under_noise(
@@ -304,22 +328,25 @@ def test_an_interrupted_forward_does_not_confuse_the_next_one(
     assert not changed_weights(model, before)
 
 
+@pytest.mark.parametrize("looks", [True, False])
 def test_an_interrupted_forward_leaves_evaluation_clean_wherever_it_begins(
-    model: nn.Module, optimizer: FlatLoRAOptimizer, before: dict[str, Tensor]
+    looks: bool, model: nn.Module, optimizer: FlatLoRAOptimizer, before: dict[str, Tensor]
 ) -> None:
     inner = model.base_model.model  # as `generate` calls it
     seen: list[Tensor] = []
 
     def look_around(*_: Any) -> None:
         handle.remove()
-        with torch.no_grad():
-            seen.append(inner(BATCH[0]))
+        if looks:
+            with torch.no_grad():
+                seen.append(inner(BATCH[0]))
         raise KeyboardInterrupt
 
     handle = inner.fc2.register_forward_pre_hook(look_around)
     with pytest.raises(KeyboardInterrupt):
         model(BATCH[0])
-    assert not torch.equal(seen[0], clean_output(before))  # the outermost forward decides, and was under way
+    for output in seen:  # the outermost forward decides, and was under way
+        assert not torch.equal(output, clean_output(before))
     with torch.no_grad():
         assert torch.equal(inner(BATCH[0]), clean_output(before))
     train_automatic(model, optimizer, BATCH)

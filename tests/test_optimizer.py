@@ -188,3 +188,42 @@ def test_seconds_count_all_that_is_done_for_the_noise(optimizer: FlatLoRAOptimiz
         seconds.append(optimizer.metrics()["seconds"])
     assert seconds == sorted(set(seconds))
     assert seconds[-1] < time.perf_counter() - start
+
+
+class Prepared(torch.optim.Optimizer):
+    """As Accelerate's: another one from outside, for which torch's constructor was never called."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+
+    param_groups = property(lambda self: self.inner.param_groups)
+    state = property(lambda self: self.inner.state)
+    defaults = property(lambda self: self.inner.defaults)
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+def test_a_prepared_optimizer_may_be_the_base(model: nn.Module) -> None:
+    base = Prepared(torch.optim.AdamW(trainable(model), lr=0.01))
+    optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, schedule="constant")
+    train_automatic(model, optimizer, BATCH)
+    assert optimizer.step_count == 1
+
+
+def test_without_sigma_the_length_of_the_run_does_not_matter(model: nn.Module) -> None:
+    optimizer = flatlora(model, sigma=0.0, schedule="cosine", total_steps="deferred", auto=False)
+    train_automatic(model, optimizer, BATCH)
+    assert optimizer.step_count == 1
+
+
+def test_a_base_without_a_learning_rate_is_not_stepped_past_its_wrapper(model: nn.Module) -> None:
+    from transformers import Adafactor
+
+    base = Adafactor(trainable(model))
+    assert base.param_groups[0]["lr"] is None
+    optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, schedule="constant")
+    train_automatic(model, optimizer, BATCH)
+    loss_of(model, BATCH).backward()
+    with pytest.raises(RuntimeError, match="stepped by itself"):
+        base.step()

@@ -263,7 +263,7 @@ def test_lm_eval_knows_the_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[s
     [
         (["nlu"], "needs --variant, one of mnli, sst2"),
         (["nlu", "--variant", "wnli"], "no variant 'wnli'"),
-        (["math", "--smoke", "--set", "micro_batch_size=3"], "batch_size 4 can't be split over 1 devices"),
+        (["math", "--smoke", "--set", "batch_size=0"], "batch_size 0 can't be split over 1 devices"),
         (["math", "--smoke", "--set", "sigma"], "key=value"),
     ],
 )

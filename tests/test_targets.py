@@ -338,14 +338,19 @@ def test_tied_layers_with_parameters_of_their_own_share_the_noise() -> None:
 
 
 def test_weights_that_overlap_are_refused() -> None:
-    memory = torch.randn(12, 5)
-    whole = [OwnLoRA(memory[:6]), OwnLoRA(memory[6:])]
-    for layer, part in zip(whole, (memory[:6], memory[6:]), strict=True):
-        layer.weight.data = part
-    assert len(find_targets(nn.ModuleList(whole)).targets) == 2
-    whole[1].weight.data = memory[5:11]
-    with pytest.raises(ValueError, match=r"0 and 1 share a part of their memory"):
-        find_targets(nn.ModuleList(whole))
+    memory = torch.randn(12, 6)
+
+    def count(first: Tensor, second: Tensor) -> int:
+        layers = [OwnLoRA(first.clone()), OwnLoRA(second.clone())]
+        layers[0].weight.data, layers[1].weight.data = first, second
+        return len(find_targets(nn.ModuleList(layers)).targets)
+
+    assert count(memory[:6], memory[6:]) == 2
+    assert count(memory[:, :2], memory[:, 2:]) == 2  # which interleave
+    assert count(memory[:6], memory[:6]) == 1
+    for first, second in ((memory[:6], memory[5:]), (memory[:, :3], memory[:, 2:]), (memory, memory[2:4])):
+        with pytest.raises(ValueError, match=r"0 and 1 share a part of their memory"):
+            count(first, second)
 
 
 def test_all_adapters_on_a_tied_weight_count() -> None:

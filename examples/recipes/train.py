@@ -56,17 +56,15 @@ def train(recipe: Recipe, output: Path, resume: bool = False) -> Trainer:
 def training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     """Splits the recipe's batch over devices and accumulation steps."""
     devices = settings.processes().num_processes
-    per_device = min(recipe["micro_batch_size"], recipe["batch_size"] // devices)
-    if not per_device or recipe["batch_size"] % (per_device * devices):
-        raise SystemExit(
-            f"batch_size {recipe['batch_size']} can't be split over {devices} devices in micro-batches of "
-            f"{per_device}: change one of them (`--set micro_batch_size=...`)"
-        )
+    share, rest = divmod(recipe["batch_size"], devices)
+    if rest or not share:
+        raise SystemExit(f"batch_size {recipe['batch_size']} can't be split over {devices} devices")
+    per_device = next(n for n in range(recipe["micro_batch_size"], 0, -1) if share % n == 0)
     defaults = {"logging_steps": 10, "logging_first_step": True, "report_to": "none"}
     return TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=per_device,
-        gradient_accumulation_steps=recipe["batch_size"] // (per_device * devices),
+        gradient_accumulation_steps=share // per_device,
         remove_unused_columns=False,
         **(defaults | recipe["training"]),
     )

@@ -96,6 +96,8 @@ class InPlace(Perturbation):
         if self._tensor is None or self._seal is None:
             return lambda: False
         version, address, probes = self._seal
+        if not hasattr(self._weight.layer, self._weight.name):
+            return lambda: True
         # A merge of a B that is still zero changes no element, but means to.
         if self._weight.tensor is not self._tensor or self.target.merged:
             return lambda: True

@@ -17,7 +17,7 @@ Factors = tuple[Tensor, Tensor]
 """``left`` and ``right`` of a low-rank product, shapes ``(rows, r)`` and ``(r, columns)``, float32."""
 
 
-class UnsupportedAdapterError(Exception):
+class UnsupportedAdapterError(ValueError):
     """Why an adapter layer is left unperturbed; reported once by the optimizer."""
 
 

@@ -92,6 +92,21 @@ class DenseWeight(FrozenWeight):
         first_row, columns = region(self.tensor)
         return grid._replace(first_row=first_row, columns=columns)
 
+    def overlaps(self, other: DenseWeight) -> bool:
+        """Whether both hold some element, and not only interleave."""
+        mine, others = local_part(self.tensor), local_part(other.tensor)
+        first = min(mine.data_ptr(), others.data_ptr())
+        end, unit = max(self.memory()[2], other.memory()[2]), mine.element_size()
+        if others.element_size() != unit:
+            return True
+        taken = torch.zeros((end - first) // unit, dtype=torch.bool, device="cpu")
+        for each in (mine, others):
+            elements = taken.as_strided(each.shape, each.stride(), (each.data_ptr() - first) // unit)
+            if elements.any():
+                return True
+            elements.fill_(True)
+        return False
+
     def sum_over_parts(self, partial: Tensor) -> Tensor:
         return sum_over_parts(partial, self.tensor)
 

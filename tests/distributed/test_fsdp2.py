@@ -211,6 +211,24 @@ def failing() -> None:
             assert all(torch.equal(after[name], clean[name]) for name in clean)
 
 
+def ignoring() -> None:
+    """Parameters that FSDP2 leaves alone must not look as if they were gathered."""
+    model = lora_mlp()
+    layer = model.base_model.model.fc1.base_layer
+    fully_shard(layer, ignored_params={layer.bias})
+    fully_shard(model)
+    optimizer = flatlora(model)
+    for _ in range(2):
+        loss = model(torch.ones(1, 6)).sum()
+        assert isinstance(layer.weight, DTensor)  # resharded after its forward
+        loss.backward()
+        optimizer.step()
+
+
+def test_layers_go_on_to_be_resharded() -> None:
+    launch(ignoring)
+
+
 def test_an_exception_in_a_forward_leaves_clean_shards() -> None:
     launch(failing)
 
