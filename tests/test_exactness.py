@@ -250,6 +250,19 @@ def test_corrections_are_kept_in_16_bits_if_all_fit(
     assert kept.tolist() == corrections
 
 
+def test_a_snapshot_fits_a_weight_that_was_cast_between_steps() -> None:
+    layer = typical_layer(torch.float32)
+    optimizer = flatlora(layer, restore="snapshot")
+    optimizer.perturb()
+    optimizer.step()
+    layer.bfloat16()
+    before = layer.weight.clone()
+    optimizer.perturb()
+    assert optimizer.memory() == layer.weight.numel() * 2
+    optimizer.step()
+    assert torch.equal(layer.weight, before)
+
+
 def test_a_snapshot_costs_the_weight() -> None:
     layer = typical_layer(torch.bfloat16)
     optimizer = flatlora(layer, restore="snapshot")

@@ -204,6 +204,7 @@ def test_a_weight_that_somebody_else_wrote_is_left_to_them(
 ) -> None:
     optimizer = flatlora(model, restore=restore)
     loss_of(model, BATCH).backward()
+    journaled = optimizer._weights.perturbations[0]._parts
     change(model)
     theirs = model.base_model.model.fc1.base_layer.weight.detach().clone()
     with pytest.raises(WeightChangedError, match=r"fc1.*load it again.*optimizer\.restore"):
@@ -212,8 +213,35 @@ def test_a_weight_that_somebody_else_wrote_is_left_to_them(
     if restore != "subtract":
         assert {name for name in changed_weights(model, before) if "fc1" not in name} == set()
     assert not optimizer.is_perturbed
+    assert [part.nbytes for part in journaled] == [0]  # C memory, which nobody else would free
     optimizer.step()  # goes on as soon as the user has dealt with it
     assert optimizer.step_count == 1
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("through_data", [False, True])
+def test_a_single_element_that_somebody_else_wrote_is_noticed(strided: bool, through_data: bool) -> None:
+    layer = OwnLoRA(torch.randn(100, 200)[:, ::2] if strided else torch.randn(100, 100))
+    if strided:
+        layer.weight.data = torch.randn(100, 200)[:, ::2]
+    optimizer = flatlora(layer)
+    optimizer.perturb()
+    if through_data:
+        layer.weight.data[0, 0] += 1  # one of those that are looked at
+    else:
+        with torch.no_grad():
+            layer.weight[37, 41] += 1  # any, where autograd counts it
+    with pytest.raises(WeightChangedError):
+        optimizer.restore()
+
+
+def test_a_weight_that_is_gone_does_not_keep_the_others(model: nn.Module, before: dict[str, Tensor]) -> None:
+    optimizer = flatlora(model)
+    optimizer.perturb()
+    del model.base_model.model.fc1.base_layer.weight
+    with pytest.raises(WeightChangedError, match="fc1"):
+        optimizer.restore()
+    assert not changed_weights(model, {name: w for name, w in before.items() if "fc1" not in name})
 
 
 @pytest.mark.parametrize("changed", [3, 4])

@@ -312,9 +312,12 @@ def test_a_forked_process_goes_on() -> None:
 
 
 @needs_compiler
-def test_a_forgotten_part_stays_noisy_and_gives_its_journal_back(block: tuple[Tensor, Noise]) -> None:
+@pytest.mark.parametrize("kernels", [native, plain], ids=["native", "plain"])
+def test_a_forgotten_part_stays_noisy_and_gives_its_journal_back(
+    kernels: Any, block: tuple[Tensor, Noise]
+) -> None:
     weight, noise = block
-    part = native.Part(weight, noise, 0, 40, Keep.JOURNAL)
+    part = kernels.Part(weight, noise, 0, 40, Keep.JOURNAL)
     part.perturb()
     perturbed = weight.clone()
     assert part.nbytes > 0

@@ -120,8 +120,8 @@ def probes(weight: Tensor) -> int | Tensor:
         return plain.probes(weight)
     numel = weight.numel()
     stride = max(1, numel // plain.PROBES)
-    count = min(plain.PROBES, -(-numel // stride))
-    digest: int = library().flatlora_digest(weight.data_ptr(), count, stride, weight.element_size())
+    count, width = min(plain.PROBES, numel), weight.element_size()
+    digest: int = library().flatlora_digest(weight.data_ptr(), count, stride, width)
     return digest
 
 
