@@ -235,7 +235,7 @@ class HandWrittenLoRA(Target):
 
     @classmethod
     def match(cls, name: str, module: nn.Module) -> Target | None:
-        registered = parts = module.__dict__.get("flatlora_registration")
+        parts = module.__dict__.get("flatlora_registration")
         if parts is None:
             if not (
                 isinstance(getattr(module, "lora_A", None), nn.Parameter)
@@ -260,7 +260,7 @@ class HandWrittenLoRA(Target):
         try:
             target.delta()
         except UnsupportedAdapterError as error:
-            if registered is None:
+            if parts is cls.LORALIB:
                 raise
             raise ValueError(str(error)) from None
         return target

@@ -6,7 +6,7 @@ from torch import nn
 
 from .adapters import Target
 from .perturbation import Perturbation, choose_perturbation
-from .targets import Discovery, find_targets
+from .targets import Discovery, find_targets, why_inactive
 from .weights import UnsupportedAdapterError
 
 
@@ -42,9 +42,7 @@ def choose_perturbations(
 
 
 def _why_not_optimized(target: Target, optimized: set[int]) -> str | None:
-    parameters = list(target.adapter_parameters())
-    if not parameters:
-        return "none of its adapters is active"
-    if not any(id(p) in optimized for p in parameters):
-        return "its adapter's parameters are not in the optimizer"
-    return None
+    reason = why_inactive(target)
+    if reason is None and not any(id(p) in optimized for p in target.adapter_parameters()):
+        reason = "its adapter's parameters are not in the optimizer"
+    return reason

@@ -18,7 +18,7 @@ from .noise import GaussianNoise, Noise, NoiseKey, NoiseSource
 from .perturbation import VirtualPerturbation, apply_all, choose_perturbation, remove_all
 from .scales import RowNorms, merged_norms
 from .sharding import fsdp_modules, is_sharded
-from .targets import find_targets
+from .targets import find_targets, why_inactive
 from .weights import DenseWeight
 
 LossFn = Callable[[nn.Module], Tensor]
@@ -185,7 +185,7 @@ class _Sum(Noise):
 @contextmanager
 def measuring(model: nn.Module, loss_fn: LossFn) -> Iterator[Surroundings]:
     """The model in eval mode, undisturbed by an attached optimizer; all is put back afterwards."""
-    found = find_targets(model, _why_not_measured)
+    found = find_targets(model, why_inactive)
     targets = found.targets
     if not targets:
         raise ValueError(f"no active LoRA adapter found in {type(model).__name__}\n{found.report()}".rstrip())
@@ -218,10 +218,6 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
-
-
-def _why_not_measured(target: Target) -> str | None:
-    return None if any(True for _ in target.adapter_parameters()) else "none of its adapters is active"
 
 
 def _has_dora(target: Target) -> bool:

@@ -71,6 +71,11 @@ def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lamb
     return found
 
 
+def why_inactive(target: Target) -> str | None:
+    """For ``find_targets``: takes targets with an active adapter."""
+    return None if any(True for _ in target.adapter_parameters()) else "none of its adapters is active"
+
+
 def _match(name: str, module: nn.Module) -> Target | None:
     for target_type in TARGET_TYPES:
         target = target_type.match(name, module)
