@@ -5,7 +5,8 @@
 
 ``||W'[i]||^2 = ||W[i]||^2 + 2 <B[i], (W A^T)[i]> + B[i] (A A^T) B[i]^T``
 
-with s folded into B. The first term is constant and kept; the rest costs one pass over W.
+with s folded into B. The first term is constant and kept; the rest costs one pass over W. Native
+kernels round A and s B to bfloat16 for it.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flatlora_optim import FlatLoRAOptimizer, find_targets, landscape
 from flatlora_optim.surroundings import measuring
 from helpers import (
+    NORM_ERROR,
     assert_equal_tensors,
     changed_weights,
     fingerprint,
@@ -139,7 +140,7 @@ def test_slices_run_along_filter_normalized_directions(make: Callable[[], nn.Mod
         norms = (origin[i] + delta_of(target)).norm(dim=rows)
         d1, d2 = first[i] - origin[i], second[i] - origin[i]
         for d in (d1, d2):
-            torch.testing.assert_close(d.norm(dim=rows), 0.5 * norms, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(d.norm(dim=rows), 0.5 * norms, rtol=NORM_ERROR, atol=1e-6)
         assert abs(float((d1 * d2).sum() / (d1.norm() * d2.norm()))) < 0.9
         torch.testing.assert_close(both[i], origin[i] + d1 + d2, rtol=1e-5, atol=1e-6)
     seen.clear()

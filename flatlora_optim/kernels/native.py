@@ -32,9 +32,9 @@ _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MOST = 1 << 23  # elements to work on in one call, about ten milliseconds: an interrupt has to wait for it
 _WORTH_A_THREAD = 1 << 15
 _ROWS = 1 << 19  # elements of the rows whose norms are one piece of work
+_GROUP = 4  # rows that norms.c works on together
 
 _ROOM = (1 << 16) * (2 + 4)  # bytes of a Room of native.c
-_CACHED, _GROUP, _WIDTH = 1 << 16, 4, 16  # of norms.c
 
 
 class _Noise(ctypes.Structure):
@@ -236,7 +236,7 @@ def norm_increases(products: Sequence[Product]) -> list[Tensor]:
             )
             sizes.append(tasks[-1].rows * columns)
     largest = max((task.rank for task in tasks), default=0)
-    _share_out("norm_increases", tasks, sizes, 4 * (max(_CACHED, _WIDTH * largest) + _GROUP * largest))
+    _share_out("norm_increases", tasks, sizes, library().flatlora_norm_room(largest))
     return outs
 
 
