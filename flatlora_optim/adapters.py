@@ -153,15 +153,13 @@ class PeftLoRA(Target):
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
         for _, a, b in self._active():
             for part in (a, b):
-                if isinstance(part, nn.Parameter):
-                    yield part
-                else:
-                    yield from part.parameters(recurse=False)
+                own = [part] if isinstance(part, nn.Parameter) else part._parameters.values()
+                yield from (parameter for parameter in own if parameter is not None)
 
     def delta(self) -> LowRank | Tensor | None:
         terms = [self._product(adapter, a, b) for adapter, a, b in self._active()]
-        if not terms:
-            return None
+        if len(terms) < 2:
+            return terms[0] if terms else None
         return LowRank(torch.cat([t.left for t in terms], 1), torch.cat([t.right for t in terms], 0))
 
     def _product(self, adapter: str, a: Any, b: Any) -> LowRank:

@@ -7,6 +7,7 @@ stay on the thread they are called from. (Native kernels need none of this: see 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
@@ -103,6 +104,7 @@ def _become_worker(ready: threading.Barrier) -> None:
         ready.wait()
 
 
+@functools.lru_cache(maxsize=1024)
 def rows_at_once(row_size: int, device_type: str) -> int:
     """How many rows to work on at a time: on the CPU they stay in a core's own cache meanwhile, and
     an accelerator wants few, large kernels instead."""

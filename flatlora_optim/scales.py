@@ -55,21 +55,12 @@ class RowNorms:
         if self._of is not None:
             self._of = self.target.weight.fingerprint()
 
-    def with_increase(self, increase: Tensor) -> Tensor:
-        """``||W'[i]||``, where ``||W'[i]||^2`` is by so much more than ``||W[i]||^2``. Overwrites it."""
-        return _roots(self.target.weight.sum_over_parts(increase.add_(self.base_squared())))
-
-    def with_delta(self, delta: Tensor) -> Tensor:
-        """``||W'[i]||``, where W' is by so much more than W. Of the stored shape."""
+    def squared_with(self, delta: Tensor) -> Tensor:
+        """``||W'[i]||^2``, where W' is by so much more than W. Of the stored shape."""
         weight = self.target.weight
         products = delta.flatten(1).square().sum(1 if weight.row_dim == 0 else 0)
         partial = self.base_squared() + 2 * weight.row_dots(delta)
-        return _roots(weight.sum_over_parts(partial) + products)
-
-
-def _roots(squared: Tensor) -> Tensor:
-    # Rounding can leave a vanishing row slightly below zero.
-    return squared.clamp_(min=0).sqrt_()
+        return weight.sum_over_parts(partial) + products
 
 
 @torch.no_grad()
@@ -84,12 +75,18 @@ def merged_norms(rows: Sequence[RowNorms]) -> list[Tensor | None]:
             # The forward that brought us here may run under autocast; norms need float32.
             stack.enter_context(torch.autocast(device, enabled=False))
         for some in _batches(rows):
-            norms += _norms_of_batch(some)
+            squared = _squared_norms(some)
+            known = [each for each in squared if each is not None]
+            if known:
+                # Rounding can leave a vanishing row slightly below zero.
+                torch._foreach_clamp_min_(known, 0)
+                torch._foreach_sqrt_(known)
+            norms += squared
     return norms
 
 
-def _norms_of_batch(rows: Sequence[RowNorms]) -> list[Tensor | None]:
-    norms: list[Tensor | None] = [None] * len(rows)
+def _squared_norms(rows: Sequence[RowNorms]) -> list[Tensor | None]:
+    squared: list[Tensor | None] = [None] * len(rows)
     low_rank: dict[type[FrozenWeight], list[tuple[int, LowRank]]] = {}
     for i, each in enumerate(rows):
         # Of several adapters on one weight, the first that is active.
@@ -98,13 +95,15 @@ def _norms_of_batch(rows: Sequence[RowNorms]) -> list[Tensor | None]:
         if isinstance(delta, LowRank):
             low_rank.setdefault(type(each.target.weight), []).append((i, delta))
         elif delta is not None:
-            norms[i] = each.with_delta(delta)
+            squared[i] = each.squared_with(delta)
     for kind, found in low_rank.items():
         indices, deltas = zip(*found, strict=True)
-        increases = kind.norm_increases([rows[i].target.weight for i in indices], deltas)
-        for i, increase in zip(indices, increases, strict=True):
-            norms[i] = rows[i].with_increase(increase)
-    return norms
+        weights = [rows[i].target.weight for i in indices]
+        partial = kind.norm_increases(weights, deltas)
+        torch._foreach_add_(partial, [rows[i].base_squared() for i in indices])
+        for i, weight, local in zip(indices, weights, partial, strict=True):
+            squared[i] = weight.sum_over_parts(local)
+    return squared
 
 
 def _batches(rows: Sequence[RowNorms]) -> Iterator[Sequence[RowNorms]]:

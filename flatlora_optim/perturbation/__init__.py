@@ -50,8 +50,8 @@ def apply_all(perturbations: Sequence[Perturbation], noises: Sequence[Noise | No
 
 def forget_changed(perturbations: Sequence[Perturbation]) -> list[Perturbation]:
     """Leaves weights that somebody else has written to them, and returns whose they are."""
-    checks = [(perturbation, perturbation.changed()) for perturbation in perturbations]
-    changed = [perturbation for perturbation, check in checks if check()]
+    answers = [perturbation.changed() for perturbation in perturbations]
+    changed = [perturbation for perturbation, answer in zip(perturbations, answers, strict=True) if answer]
     for perturbation in changed:
         perturbation.forget()
     return changed

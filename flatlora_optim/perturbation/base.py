@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -56,13 +56,13 @@ class Perturbation:
     def seal(self) -> None:
         """Takes note of the perturbed weight, for ``changed`` to compare with."""
 
-    def changed(self) -> Callable[[], bool]:
-        """Starts the check whether somebody else wrote the weight since ``seal``.
+    def changed(self) -> bool | Tensor:
+        """Whether somebody else wrote the weight since ``seal``.
 
-        On an accelerator the answer is only fetched when the returned function is called, so
-        that many targets can be checked at the price of one synchronization.
+        On an accelerator the answer stays there, so that many targets can be checked at the price of
+        one synchronization.
         """
-        return lambda: False
+        return False
 
     def already_noisy(self) -> RuntimeError:
         return RuntimeError(

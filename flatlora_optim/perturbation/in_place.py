@@ -7,7 +7,7 @@ weight, ``subtract`` (the paper's way) lets them drift.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -92,20 +92,19 @@ class InPlace(Perturbation):
         if self._tensor is not None:
             self._seal = self._sealed(self._tensor)
 
-    def changed(self) -> Callable[[], bool]:
+    def changed(self) -> bool | Tensor:
         if self._tensor is None or self._seal is None:
-            return lambda: False
-        version, address, probes = self._seal
-        if not hasattr(self._weight.layer, self._weight.name):
-            return lambda: True
+            return False
+        tensor = getattr(self._weight, "tensor", None)
         # A merge of a B that is still zero changes no element, but means to.
-        if self._weight.tensor is not self._tensor or self.target.merged:
-            return lambda: True
-        version_now, address_now, probes_now = self._sealed(self._tensor)
+        if tensor is None or tensor is not self._tensor or self.target.merged:
+            return True
+        version, address, probes = self._seal
+        version_now, address_now, probes_now = self._sealed(tensor)
         if (version_now, address_now) != (version, address):
-            return lambda: True
-        same = probes_now == probes
-        return lambda: not (same if isinstance(same, bool) else bool(same.all()))
+            return True
+        differs: bool | Tensor = probes_now != probes
+        return differs.any() if isinstance(differs, Tensor) else differs
 
     def _reserve_copy(self, local: Tensor) -> None:
         known = self._copy

@@ -53,10 +53,12 @@ class FrozenWeight:
 
     @property
     def columns(self) -> int:
-        return self.shape.numel() // max(1, self.rows)
+        shape = self.shape
+        return shape.numel() // max(1, shape[self.row_dim])
 
     def grid(self, first_block: int = 0) -> Grid:
-        return Grid(self.shape[0], self.shape[1:].numel(), self.device.type, first_block)
+        shape = self.shape
+        return Grid(shape[0], shape[1:].numel(), self.device.type, first_block)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """A new tensor with the weight's values. Shape ``shape``."""
