@@ -154,6 +154,17 @@ def test_the_norm_increase_is_that_of_a_matrix_product(
 
 
 @needs_compiler
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_norm_increase_knows_nothing_of_the_product_before(rank: int) -> None:
+    matrix, left, right = torch.randn(6, 40), torch.randn(6, rank), torch.randn(rank, 40)
+    (expected,) = native.norm_increases([(matrix, left, right)])
+    for value in (math.nan, math.inf):
+        native.norm_increases([(matrix, torch.full((6, rank + 1), value), torch.full((rank + 1, 40), value))])
+        (found,) = native.norm_increases([(matrix, left, right)])
+        assert torch.equal(found, expected)
+
+
+@needs_compiler
 @pytest.mark.parametrize("flags", [(), ("-O0",), ("-mavx2", "-mfma"), ("-march=native", "-funroll-loops")])
 def test_the_numbers_are_the_same_with_any_vectors(
     flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -286,11 +297,19 @@ def test_threads_that_flush_subnormal_numbers_make_no_difference(
     optimizer = flatlora(model)
     before = [layer.weight.clone() for layer in model]
     torch.ones(1 << 20).add_(1)  # torch's threads are there, and keep their mode
+
+    def flushes() -> bool:
+        return bool(torch.tensor([1e-30]).mul_(1e-10) == 0)
+
     try:
         torch.set_flush_denormal(True)
         for _ in range(4):
             optimizer.perturb()
+            assert flushes()
+            assert optimizer._weights.clean_copy(model[0].weight) is not None
+            assert flushes()
             optimizer.step()
+            assert flushes()
     finally:
         torch.set_flush_denormal(False)
     assert all(
