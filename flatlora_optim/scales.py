@@ -6,7 +6,7 @@
 ``||W'[i]||^2 = ||W[i]||^2 + 2 <B[i], (W A^T)[i]> + B[i] (A A^T) B[i]^T``
 
 with s folded into B. The first term is constant and kept; the rest costs one pass over W. Native
-kernels round A and s B to bfloat16 for it.
+kernels round A and s B to bfloat16 for it, where the weight is not transposed.
 """
 
 from __future__ import annotations

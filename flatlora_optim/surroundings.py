@@ -51,7 +51,7 @@ class Surroundings:
         return self.noises(key, [torch.full_like(norms, scale) for norms in self.norms], _Signs())
 
     def direction(self, seed: int, number: int) -> list[Noise]:
-        """Gaussian noise whose rows have exactly the norms of the merged weight's rows."""
+        """Gaussian noise whose rows have the norms of the merged weight's rows."""
         key = NoiseKey(seed, number)
         raw = self.noises(key, [torch.ones_like(norms) for norms in self.norms])
         ratios = [norms / _row_norms(noise) for norms, noise in zip(self.norms, raw, strict=True)]

@@ -432,6 +432,26 @@ def test_a_compiler_that_fails_is_reported(
 
 
 @needs_compiler
+def test_an_assembler_that_knows_no_pairs_is_no_obstacle(
+    fresh_build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    product = torch.randn(5, 70), torch.randn(5, 3), torch.randn(3, 70)
+    (expected,) = native.norm_increases([product])
+    older = fresh_build / "cc"
+    older.write_text(
+        '#!/bin/sh\ncase "$*" in\n'
+        f'*WITHOUT_PAIRS*) exec {library.find_compiler()} "$@" ;;\n'
+        "*) echo no such instruction >&2; exit 1 ;;\nesac\n"
+    )
+    older.chmod(0o755)
+    monkeypatch.setenv("CC", str(older))
+    library.library_or_none.cache_clear()
+    assert native.is_available()
+    (found,) = native.norm_increases([product])
+    assert torch.equal(found, expected)
+
+
+@needs_compiler
 def test_a_compiler_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     # In a process of its own: merely loading such a library makes subnormal numbers zero.
     code = (

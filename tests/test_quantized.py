@@ -572,6 +572,21 @@ def test_any_quantizer_with_a_forward(make: Callable[[], nn.Module]) -> None:
         torch.testing.assert_close((layer(torch.eye(128)) - bias).T, weight, rtol=0, atol=0)
 
 
+def test_a_quantizer_that_writes_to_its_input_does_not_write_to_the_adapter() -> None:
+    class Careless(Ternary):
+        def forward(self, x: Tensor) -> Tensor:
+            output = super().forward(x)
+            if not x.requires_grad:
+                x.zero_()
+            return output
+
+    model = peft_or_own_lora(Careless(dense(128, 96)))
+    before = [p.clone() for p in trainable(model)]
+    with flatlora(model, sigma=0.3).perturbed():
+        pass
+    assert all(torch.equal(p, b) for p, b in zip(trainable(model), before, strict=True))
+
+
 # ---------------------------------------------------------------------------- clear errors
 
 

@@ -93,10 +93,17 @@ def load(compiler: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder, kept.name)
         command += [*map(str, _SOURCES), "-o", str(fresh), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIME_LIMIT)
+        try:
+            _compile(command)
+        except subprocess.CalledProcessError:  # an assembler that is older than the compiler, perhaps
+            _compile([*command, "-DWITHOUT_PAIRS"])
         found = _declared(ctypes.CDLL(str(fresh)))
         _keep(fresh, kept)
     return found
+
+
+def _compile(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIME_LIMIT)
 
 
 def _cache_folder() -> Path:

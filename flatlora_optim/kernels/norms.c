@@ -1,13 +1,13 @@
 /* The norms of the merged weight's rows, in one pass over the weight.
  *
  * The adapter's factors are rounded to bfloat16 first: some processors multiply and add pairs of such
- * numbers at once. The others do the same in two steps, for the same result (subnormal numbers aside).
+ * numbers at once. The others do the same in two steps, for the same result (but that subnormal numbers count).
  */
 
 #include "shared.h"
 
-/* GCC 9 may come with an assembler that does not know the instruction. */
-#if defined(__AVX512F__) && (defined(__clang__) || __GNUC__ >= 10)
+/* WITHOUT_PAIRS is for assemblers that don't know the instruction. */
+#if defined(__AVX512F__) && !defined(WITHOUT_PAIRS)
 #include <cpuid.h>
 #define MAY_HAVE_PAIRS 1
 #else

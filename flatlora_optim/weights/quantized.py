@@ -139,7 +139,7 @@ class OpaqueWeight(FrozenWeight):
         return total
 
     def project(self, right: Tensor) -> Tensor:
-        return self._apply(right).T
+        return self._apply(right.clone()).T  # it may be the adapter's own memory, and the forward write to it
 
     def row_dots(self, other: Tensor) -> Tensor:
         raise NotImplementedError("row_dots needs a weight that can be dequantized")
