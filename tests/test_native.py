@@ -154,6 +154,21 @@ def test_the_norm_increase_is_that_of_a_matrix_product(
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numel", [5, 64, 1000])
+def test_each_probed_element_counts(dtype: torch.dtype, numel: int) -> None:
+    weight = torch.randn(numel).to(dtype)
+    bits, before = int_view(weight), native.probes(weight)
+    stride = max(1, numel // plain.PROBES)
+    for i in range(0, min(plain.PROBES, numel) * stride, stride):
+        for bit in (1, torch.iinfo(bits.dtype).min):
+            bits[i] ^= bit
+            assert native.probes(weight) != before
+            bits[i] ^= bit
+    assert native.probes(weight) == before
+
+
+@needs_compiler
 @pytest.mark.parametrize("rank", [1, 3])
 def test_the_norm_increase_knows_nothing_of_the_product_before(rank: int) -> None:
     matrix, left, right = torch.randn(6, 40), torch.randn(6, rank), torch.randn(rank, 40)
