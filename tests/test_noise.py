@@ -21,10 +21,10 @@ from scipy import stats
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from flatlora_optim import FlatLoRAOptimizer
+from flatlora_optim import FlatLoRAOptimizer, find_targets
 from flatlora_optim.kernels.part import Keep, Part
 from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey, _mix32, _mix64
-from flatlora_optim.scales import row_scales
+from flatlora_optim.scales import RowNorms, merged_norms, row_scales
 from flatlora_optim.weights import FrozenWeight
 from helpers import (
     ConvNet,
@@ -218,6 +218,24 @@ def test_norms_of_frozen_weights_are_computed_once(monkeypatch: pytest.MonkeyPat
 def test_rows_that_are_not_finite_have_no_scale(columns: int, scale: float) -> None:
     norms = torch.tensor([2.0, math.nan, math.inf, 0.0])
     torch.testing.assert_close(row_scales(norms, 0.3, columns), torch.tensor([scale, 0, 0, 0]))
+
+
+@pytest.mark.parametrize("elements", [1, 80, 1 << 24])
+def test_norms_are_the_same_in_any_batches(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    rows = [RowNorms(target) for target in find_targets(lora_mlp()).targets]
+    expected = merged_norms(rows)
+    monkeypatch.setattr("flatlora_optim.scales._ELEMENTS_AT_ONCE", elements)
+    for found, norms in zip(merged_norms(rows), expected, strict=True):
+        assert found is not None
+        assert norms is not None
+        assert torch.equal(found, norms)
+
+
+def test_without_an_active_adapter_there_are_no_norms() -> None:
+    model = lora_mlp()
+    rows = [RowNorms(target) for target in find_targets(model).targets]
+    with model.disable_adapter():
+        assert merged_norms(rows) == [None, None]
 
 
 # ---------------------------------------------------------------------- distribution
