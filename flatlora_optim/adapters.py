@@ -19,13 +19,14 @@ from .weights import FrozenWeight, UnsupportedAdapterError, read_weight
 
 
 class LowRank(NamedTuple):
-    """An adapter product ``left @ right`` with the scaling folded into ``left``.
+    """An adapter product ``scaling * left @ right``.
 
     Shapes ``(m, r)`` and ``(r, n)``, float32, where ``m`` counts output neurons.
     """
 
     left: Tensor
     right: Tensor
+    scaling: float
 
 
 class Target:
@@ -90,7 +91,7 @@ class Target:
         for sharing in self.sharing:
             yield from sharing.adapter_parameters()
 
-    def low_rank(self, left: Tensor, right: Tensor) -> LowRank:
+    def low_rank(self, left: Tensor, right: Tensor, scaling: float) -> LowRank:
         """
         Raises:
             UnsupportedAdapterError: The product is not of the weight's shape.
@@ -102,7 +103,7 @@ class Target:
                 f"the weight has {rows} output neurons and {columns} inputs; check lora_A, lora_B (shapes "
                 "(r, n) and (m, r)) and `transposed`"
             )
-        return LowRank(left, right)
+        return LowRank(left, right, scaling)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {self.weight.kind}, {tuple(self.weight.shape)})"
@@ -160,15 +161,16 @@ class PeftLoRA(Target):
         terms = [self._product(adapter, a, b) for adapter, a, b in self._active()]
         if len(terms) < 2:
             return terms[0] if terms else None
-        return LowRank(torch.cat([t.left for t in terms], 1), torch.cat([t.right for t in terms], 0))
+        left = torch.cat([term.left * term.scaling for term in terms], 1)
+        return LowRank(left, torch.cat([term.right for term in terms], 0), 1.0)
 
     def _product(self, adapter: str, a: Any, b: Any) -> LowRank:
         scaling = float(self.layer.scaling[adapter])
         a, b = _values(a, self.weight.device), _values(b, self.weight.device)
         if adapter in getattr(self.layer, "lora_embedding_A", ()):
             # Stored (tokens, dim) = A.T @ B.T: a row is what the layer outputs for one token.
-            return self.low_rank(a.T * scaling, b.T)
-        return self.low_rank(b.flatten(1) * scaling, a.flatten(1))
+            return self.low_rank(a.T, b.T, scaling)
+        return self.low_rank(b.flatten(1), a.flatten(1), scaling)
 
 
 class PeftAdditive(Target):
@@ -273,12 +275,10 @@ class HandWrittenLoRA(Target):
         if bool(getattr(self.layer, "disable_adapters", False)):
             return None
         device, parts = self.weight.device, self.parts
-        scaling = parts.scaling
-        if isinstance(scaling, str):
-            scaling = float(_find(self.layer, scaling))
+        scaling = _find(self.layer, parts.scaling) if isinstance(parts.scaling, str) else parts.scaling
         left = _values(_find(self.layer, parts.lora_B), device).flatten(1)
         right = _values(_find(self.layer, parts.lora_A), device).flatten(1)
-        return self.low_rank(left * scaling, right)
+        return self.low_rank(left, right, float(scaling))
 
 
 TARGET_TYPES: list[type[Target]] = [HandWrittenLoRA, PeftLoRA, PeftAdditive]

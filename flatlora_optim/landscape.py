@@ -121,9 +121,8 @@ def expected_loss(
     sigma = check_sigma(sigma)
     _check_count("samples", samples)
     with measuring(model, loss_fn) as at:
-        scales = [
-            row_scales(norms, sigma, t.weight.columns) for t, norms in zip(at.targets, at.norms, strict=True)
-        ]
+        columns = [target.weight.columns for target in at.targets]
+        scales = row_scales(at.norms, [sigma] * len(columns), columns)
         losses = [
             at.loss(at.noises(NoiseKey(seed, k), scales, noise))
             for k in _progress(range(samples), "expected loss", progress)

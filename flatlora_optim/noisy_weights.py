@@ -101,11 +101,12 @@ class NoisyWeights:
         targets, attached = self.targets, self.attached()
         chosen = [i for i in attached if sigmas[i] > 0 and not targets[i].merged]
         norms = merged_norms([self.norms[i] for i in chosen])
+        active = [(i, norm) for i, norm in zip(chosen, norms, strict=True) if norm is not None]
+        columns = [targets[i].weight.columns for i, _ in active]
+        scales = row_scales([norm for _, norm in active], [sigmas[i] for i, _ in active], columns)
         noises: list[Noise | None] = [None] * len(sigmas)
-        for i, norm in zip(chosen, norms, strict=True):
-            if norm is not None:
-                scales = row_scales(norm, sigmas[i], targets[i].weight.columns)
-                noises[i] = targets[i].noise(source, key, scales)
+        for (i, _), scale in zip(active, scales, strict=True):
+            noises[i] = targets[i].noise(source, key, scale)
         return noises
 
     def perturb(self, noises: Sequence[Noise | None]) -> None:

@@ -99,7 +99,9 @@ def _squared_norms(rows: Sequence[RowNorms]) -> list[Tensor | None]:
     for kind, found in low_rank.items():
         indices, deltas = zip(*found, strict=True)
         weights = [rows[i].target.weight for i in indices]
-        partial = kind.norm_increases(weights, deltas)
+        lefts = torch._foreach_mul([delta.left for delta in deltas], [delta.scaling for delta in deltas])
+        rights = [delta.right for delta in deltas]
+        partial = kind.norm_increases(weights, list(zip(lefts, rights, strict=True)))
         torch._foreach_add_(partial, [rows[i].base_squared() for i in indices])
         for i, weight, local in zip(indices, weights, partial, strict=True):
             squared[i] = weight.sum_over_parts(local)
@@ -116,10 +118,14 @@ def _batches(rows: Sequence[RowNorms]) -> Iterator[Sequence[RowNorms]]:
             first, elements = end, 0
 
 
-def row_scales(norms: Tensor, sigma: float, columns: int) -> Tensor:
-    """The standard deviation of the noise in each row, shape ``(m,)``.
+def row_scales(norms: Sequence[Tensor], sigmas: Sequence[float], columns: Sequence[int]) -> list[Tensor]:
+    """The standard deviation of the noise in each row of each weight, shape ``(m,)``.
 
     A row whose norm is not finite (an adapter that has diverged) gets no noise: the model's own
     output shows the damage, and noise on top would only hide where it came from.
     """
-    return (norms * (sigma / math.sqrt(max(1, columns)))).nan_to_num_(nan=0.0, posinf=0.0)
+    if not norms:
+        return []
+    factors = [sigma / math.sqrt(max(1, n)) for sigma, n in zip(sigmas, columns, strict=True)]
+    scales = torch._foreach_mul(list(norms), factors)
+    return [each.nan_to_num_(nan=0.0, posinf=0.0) for each in scales]

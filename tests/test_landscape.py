@@ -152,8 +152,8 @@ def test_slices_run_along_filter_normalized_directions(make: Callable[[], nn.Mod
 
 
 def delta_of(target: Any) -> Tensor:
-    left, right = target.delta()
-    product = left @ right
+    left, right, scaling = target.delta()
+    product = scaling * left @ right
     return product.T if target.weight.row_dim else product
 
 

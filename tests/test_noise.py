@@ -217,7 +217,8 @@ def test_norms_of_frozen_weights_are_computed_once(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("columns", "scale"), [(0, 0.6), (1, 0.6), (4, 0.3)])
 def test_rows_that_are_not_finite_have_no_scale(columns: int, scale: float) -> None:
     norms = torch.tensor([2.0, math.nan, math.inf, 0.0])
-    torch.testing.assert_close(row_scales(norms, 0.3, columns), torch.tensor([scale, 0, 0, 0]))
+    (scales,) = row_scales([norms], [0.3], [columns])
+    torch.testing.assert_close(scales, torch.tensor([scale, 0, 0, 0]))
 
 
 @pytest.mark.parametrize("elements", [1, 80, 1 << 24])
