@@ -84,7 +84,7 @@ class Target:
     @property
     def merged(self) -> bool:
         """Whether an adapter has been written into the base weight."""
-        return any(getattr(each.layer, "merged", False) for each in self.sharing)
+        return any(is_set(each.layer, "merged") for each in self.sharing)
 
     def all_parameters(self) -> Iterator[nn.Parameter]:
         """Those of all active adapters on this weight."""
@@ -97,7 +97,7 @@ class Target:
             UnsupportedAdapterError: The product is not of the weight's shape.
         """
         rows, columns = self.weight.rows, self.weight.columns
-        if left.shape != (rows, len(right)) or right.shape[1:] != (columns,):
+        if right.ndim != 2 or left.shape != (rows, right.shape[0]) or right.shape[1] != columns:
             raise UnsupportedAdapterError(
                 f"{self.name or 'module'}: B @ A has shapes {tuple(left.shape)} @ {tuple(right.shape)}, but "
                 f"the weight has {rows} output neurons and {columns} inputs; check lora_A, lora_B (shapes "
@@ -144,7 +144,7 @@ class PeftLoRA(Target):
         return target
 
     def _active(self) -> Iterator[tuple[str, Any, Any]]:
-        if getattr(self.layer, "disable_adapters", False):
+        if is_set(self.layer, "disable_adapters"):
             return
         pairs = _lora_pairs(self.layer)
         for adapter in self.layer.active_adapters:
@@ -195,7 +195,7 @@ class PeftAdditive(Target):
         return cls(name, module, owner, weight)
 
     def _active(self) -> list[str]:
-        if getattr(self.layer, "disable_adapters", False):
+        if is_set(self.layer, "disable_adapters"):
             return []
         marker = next(getattr(self.layer, m) for m in self.MARKERS if hasattr(self.layer, m))
         known = set(marker) | set(getattr(self.layer, "lokr_w1_a", ()))
@@ -272,7 +272,7 @@ class HandWrittenLoRA(Target):
                 yield part
 
     def delta(self) -> LowRank | None:
-        if bool(getattr(self.layer, "disable_adapters", False)):
+        if is_set(self.layer, "disable_adapters"):
             return None
         device, parts = self.weight.device, self.parts
         scaling = _find(self.layer, parts.scaling) if isinstance(parts.scaling, str) else parts.scaling
@@ -392,6 +392,13 @@ def _find(module: nn.Module, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value
+
+
+def is_set(module: nn.Module, name: str) -> bool:
+    """Whether the module has a flag of this name that is true."""
+    # Asked for at each step: the exception with which nn.Module answers for what it lacks takes microseconds.
+    is_there = name in module.__dict__ or name in module._buffers or hasattr(type(module), name)
+    return is_there and bool(getattr(module, name))
 
 
 def has(module: nn.Module, *names: str) -> bool:

@@ -8,7 +8,7 @@ weight, and give the same numbers. The global generators are never touched.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -169,21 +169,15 @@ class Noise:
     @property
     def is_in_memory(self) -> bool:
         """Whether kernels find the numbers in memory, as ``places`` tells them."""
-        from .table import NoiseTable  # which needs this module
+        return "places" in vars(type(self.source))  # a subclass may make other numbers
 
-        return type(self.source) is NoiseTable  # a subclass may make other numbers
+    def blocks(self, lo: int, hi: int) -> tuple[range, int]:
+        """The numbers of the blocks that hold local rows ``[lo, hi)``, and where these begin in the first."""
+        numbers, skip = self._place(lo, hi)
+        return numbers, skip * self.grid.row_size
 
-    def seeds(self, lo: int, hi: int) -> list[int]:
-        """Those of the blocks that hold local rows ``[lo, hi)``, for kernels that make the numbers."""
-        return self.key.block_seeds(self._place(lo, hi)[0])
-
-    def offset(self, lo: int) -> int:
-        """The place of the first element of local row ``lo`` in its block."""
-        return self._place(lo, lo + 1)[1] * self.grid.row_size
-
-    def places(self, lo: int, hi: int) -> tuple[Tensor, list[int]]:
+    def places(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
         """A table that has the numbers of these blocks, flat and float32, and where each begins."""
-        numbers, _ = self._place(lo, hi)
         sizes = [self._rows_of(number) * self.grid.row_size for number in numbers]
         table, starts = self.source.places(self.key, numbers, sizes, self.scales.device)  # type: ignore[attr-defined]
         return table, starts
@@ -213,6 +207,8 @@ class Noise:
     def scales_of(self, lo: int, hi: int) -> Tensor:
         """Of local rows ``[lo, hi)``, or of the local columns where the scales run along them."""
         if self.row_dim == 0:
+            if hi - lo == self.scales.shape[0]:
+                return self.scales  # small weights are many, and a view takes a microsecond
             return self.scales[self.grid.first_row + lo : self.grid.first_row + hi]
         return self.scales[self.grid.columns]
 

@@ -181,12 +181,12 @@ class Part(part.Part):
         scales = noise.scales_of(lo, hi)
         # Addresses are all that C gets: the tensors have to live as long as they are in use.
         self._alive = [scales]
+        numbers, offset = noise.blocks(lo, hi)
         seeds = tables = None
         if noise.is_seeded:
-            values = noise.seeds(lo, hi)
-            seeds = (ctypes.c_uint32 * len(values))(*values)
+            seeds = (ctypes.c_uint32 * len(numbers))(*noise.key.block_seeds(numbers))
         else:
-            table, starts = noise.places(lo, hi)
+            table, starts = noise.places(numbers)
             self._alive.append(table)
             first = table.data_ptr()
             tables = (ctypes.c_void_p * len(starts))(*[first + 4 * start for start in starts])
@@ -194,7 +194,7 @@ class Part(part.Part):
             tables,
             seeds,
             noise.grid.rows_per_block * noise.grid.row_size,
-            noise.offset(lo),
+            offset,
             scales.data_ptr(),
             noise.grid.row_size,
             noise.row_dim,
@@ -214,12 +214,12 @@ def norm_increases(products: Sequence[Product]) -> list[Tensor]:
     factors = [(left.contiguous(), right.contiguous()) for _, left, right in products]
     outs, tasks, sizes = [], [], []
     for (matrix, *_), (left, right) in zip(products, factors, strict=True):
-        if matrix.dtype not in _FORMATS or not matrix.is_contiguous() or not len(right):
+        (rows, columns), rank = matrix.shape, right.shape[0]
+        if matrix.dtype not in _FORMATS or not matrix.is_contiguous() or rank == 0:
             outs.append(plain.norm_increase(matrix, left, right))
             continue
-        out = torch.empty(len(matrix), dtype=torch.float32, device=matrix.device)
+        out = torch.empty(rows, dtype=torch.float32, device=matrix.device)
         outs.append(out)
-        (rows, columns), rank = matrix.shape, len(right)
         most = max(_GROUP, _ROWS // max(1, columns) // _GROUP * _GROUP)
         for lo in range(0, rows, most):
             tasks.append(

@@ -259,7 +259,7 @@ class Part(part.Part):
 
     def _launch(self, kernel: Any, rows: Tensor, totals: list[Tensor], done: Tensor) -> None:
         noise = self.noise
-        (seed,) = noise.seeds(self.lo, self.hi)
+        (number,), offset = noise.blocks(self.lo, self.hi)
         names = "low", "corrections", "starts", "counts"
         with _on(rows):
             kernel[_tiles(rows)](
@@ -270,8 +270,8 @@ class Part(part.Part):
                 done,
                 rows.numel(),
                 rows[0].numel(),
-                seed,
-                noise.offset(self.lo),
+                noise.key.block_seed(number),
+                offset,
                 ROW_DIM=noise.row_dim,
                 JOURNAL=self._journal is not None,
                 BITS=_BITS[rows.element_size()],

@@ -72,7 +72,7 @@ class DenseWeight(FrozenWeight):
 
     def _of_all_rows(self, values: Tensor) -> Tensor:
         """Values for the rows of the local part, with zeros for the other rows."""
-        if len(values) == self.rows:
+        if values.shape[0] == self.rows:
             return values
         out = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
         out[self._region()[0]] = values
