@@ -22,8 +22,10 @@ STEP = _PREFIX + "step"
 SEED = _PREFIX + "seed"
 TOTAL_STEPS = _PREFIX + "total_steps"
 SCHEDULE = _PREFIX + "schedule"
+NOISE = _PREFIX + "noise"
 SIGMA = "sigma"
-KEYS = (SIGMA, STEP, SEED, TOTAL_STEPS, SCHEDULE)
+_SHARED = STEP, SEED, TOTAL_STEPS, SCHEDULE, NOISE  # by all groups
+KEYS = (SIGMA, *_SHARED)
 
 _SHAPED_LIKE_THE_PARAMETER = (
     "exp_avg",
@@ -80,6 +82,7 @@ def initial_state(
         SEED: check_seed(seed),
         TOTAL_STEPS: total,
         SCHEDULE: schedule if isinstance(schedule, str) else CUSTOM_SCHEDULE,
+        NOISE: "",
     }
 
 
@@ -111,6 +114,12 @@ def complete_groups(
 def take_state(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Takes from the groups what an optimizer under way has put there, and returns it."""
     return [{key: group.pop(key) for key in KEYS if key in group and key != SIGMA} for group in groups]
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_sigma(value: object) -> float:
@@ -186,7 +195,7 @@ def check_state_dict(
         _check_options({key: (theirs[key], ours[key]) for key in options if key in theirs and key in ours})
     if len(parameters) != sum(len(group["params"]) for group in groups):
         raise ValueError("the checkpoint names a parameter twice")
-    for key in (STEP, SEED, TOTAL_STEPS, SCHEDULE):
+    for key in _SHARED:
         if any(group.get(key) != saved[0].get(key) for group in saved):
             raise ValueError(f"the checkpoint's param groups disagree on {key!r}")
     # PEFT's LoRA-FA keeps its state under names of modules.
@@ -277,6 +286,8 @@ def _check_group(group: dict[str, Any], custom_schedule: bool) -> None:
     check_seed(group[SEED])
     # None is a length that is still to come: Accelerate loads a fresh optimizer's own state.
     check_total_steps(group[TOTAL_STEPS])
+    if not isinstance(group[NOISE], str):
+        raise TypeError(f"the checkpoint's noise must be described by a text, got {group[NOISE]!r:.60}")
     schedule = group[SCHEDULE]
     if schedule == CUSTOM_SCHEDULE:
         if not custom_schedule:

@@ -80,15 +80,15 @@ class NoisyWeights:
             if any(sharing.layer in modules for sharing in target.sharing)
         ]
 
-    def makers(self, source: NoiseSource) -> list[str]:
-        """The names of the kernels that make noise of this source."""
+    def makers(self, source: NoiseSource) -> str:
+        """The names of the kernels that make noise of this source, each with numbers of its own."""
         names = set()
         for target in self.targets:
             weight = target.weight
             scales = torch.empty(0, device=weight.device)
             part = local_part(weight.tensor) if isinstance(weight, DenseWeight) else scales
             names.add(kernels_for(target.noise(source, NoiseKey(0, 0), scales), part).name)
-        return sorted(names)
+        return ", ".join(sorted(names))
 
     @property
     def is_suspended(self) -> bool:

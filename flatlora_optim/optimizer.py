@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint, hooks, sharding
 from .adapters import Target
-from .checkpoint import SIGMA
+from .checkpoint import SIGMA, check_choice
 from .noise import GaussianNoise, Noise, NoiseKey, NoiseSource
 from .noisy_weights import NoisyWeights
 from .perturbation import RESTORE_MODES
@@ -117,11 +117,11 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         check_base(base)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        _check_choice("mode", mode, ("auto", "in_place", "virtual"))
-        _check_choice("restore", restore, tuple(RESTORE_MODES))
-        _check_choice("rank_noise", rank_noise, ("independent", "shared"))
+        check_choice("mode", mode, ("auto", "in_place", "virtual"))
+        check_choice("restore", restore, RESTORE_MODES)
+        check_choice("rank_noise", rank_noise, ("independent", "shared"))
         if isinstance(noise, str):
-            _check_choice("noise", noise, tuple(NOISE_SOURCES))
+            check_choice("noise", noise, NOISE_SOURCES)
         initial = checkpoint.initial_state(
             base.param_groups, sigma=sigma, seed=seed, total_steps=total_steps, schedule=schedule
         )
@@ -324,7 +324,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         super().load_state_dict(state_dict)
         self._noises = None
         self.restore()
-        self._tell_of_another_length(total_steps)
+        self._tell_what_is_another(total_steps)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles take the model, the base and the step along."""
@@ -368,6 +368,9 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         finally:
             self._finalizer()
 
+    def _noise_description(self) -> str:
+        return f"{type(self._source).__name__}, made by {self._weights.makers(self._source)}"
+
     def _check_open(self) -> None:
         if not self._finalizer.alive:
             raise RuntimeError(
@@ -379,7 +382,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         counts = Counter((p.target.weight.kind, p.mode) for p in self._weights.perturbations)
         lines = [f"  {n} {kind} weights: {how}" for (kind, how), n in sorted(counts.items())]
         lines += [f"  {len(self.skipped)} adapters skipped (see .skipped)"] if self.skipped else []
-        lines += [f"  noise made by: {', '.join(self._weights.makers(self._source))}"]
+        lines += [f"  noise: {self._noise_description()}"]
         head = f"step {self.step_count} of {self.total_steps or '?'}, seed {self.seed}"
         body = "\n".join(lines)
         return f"{type(self).__name__} ({head}\n{body}\n  base: {self.base}\n)"
@@ -393,8 +396,3 @@ def _rebuilt(
     for group, values in zip(optimizer.param_groups, state, strict=True):
         group.update(values)
     return optimizer
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint, schedules
 from .adapters import Target
-from .checkpoint import CUSTOM_SCHEDULE, SCHEDULE, SEED, SIGMA, STEP, TOTAL_STEPS
+from .checkpoint import CUSTOM_SCHEDULE, NOISE, SCHEDULE, SEED, SIGMA, STEP, TOTAL_STEPS
 from .schedules import Schedule
 from .wrapper import OptimizerWrapper
 
@@ -96,7 +96,8 @@ class ScheduledOptimizer(OptimizerWrapper):
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state; step, seed, sigma and schedule travel in ``param_groups``."""
-        self._filled_groups()
+        for group in self._filled_groups():
+            group[NOISE] = self._noise_description()
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -124,10 +125,26 @@ class ScheduledOptimizer(OptimizerWrapper):
         if saved != CUSTOM_SCHEDULE:
             self._schedule = saved
 
-    def _tell_of_another_length(self, before: int | None) -> None:
-        if None not in (before, self.total_steps) and before != self.total_steps:
+    def _noise_description(self) -> str:
+        """Whose numbers the noise is made of: with others, the same seed gives another run."""
+        raise NotImplementedError
+
+    def _tell_what_is_another(self, total_steps: int | None) -> None:
+        """Warns of what a checkpoint that was just loaded has changed, or does not go on with.
+
+        Args:
+            total_steps: As they were before.
+        """
+        if None not in (total_steps, self.total_steps) and total_steps != self.total_steps:
             warnings.warn(
-                f"total_steps is {self.total_steps} from now on, as in the checkpoint, and not {before}. "
+                f"total_steps is {self.total_steps} from now on, as in the checkpoint, not {total_steps}. "
                 "Set `optimizer.total_steps` after loading to make the run longer or shorter",
+                stacklevel=3,
+            )
+        before, now = self.param_groups[0][NOISE], self._noise_description()
+        if self.step_count and before not in ("", now):
+            warnings.warn(
+                f"up to this checkpoint the noise was that of {before}; from here on it is that of {now}. "
+                "The run goes on with noise of the same strength, but not with the numbers it would have had",
                 stacklevel=3,
             )

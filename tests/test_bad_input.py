@@ -228,6 +228,7 @@ def drop(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (spoil(flatlora_schedule=3), TypeError, "schedule must be a name"),
         (spoil(flatlora_schedule="custom"), ValueError, "same callable as `schedule`"),
         (drop("flatlora_seed"), ValueError, "lacks flatlora_seed"),
+        (spoil(flatlora_noise=3), TypeError, "noise must be described by a text"),
     ],
 )
 def test_a_state_that_does_not_fit(change: Callable[[Any], Any], error: type[Exception], match: str) -> None:

@@ -148,12 +148,27 @@ def test_a_checkpoint_does_not_replace_what_was_asked_for_in_silence() -> None:
     saved = build(lora_mlp()).state_dict()
     longer = build(lora_mlp())
     longer.total_steps = 50
-    with pytest.warns(UserWarning, match=r"total_steps is 8 from now on, .* and not 50"):
+    with pytest.warns(UserWarning, match=r"total_steps is 8 from now on, .* not 50"):
         longer.load_state_dict(saved)
     longer.total_steps = 50
     custom = build(lora_mlp(), schedule="callable")
     with pytest.raises(ValueError, match=r"schedule 'cosine', and the optimizer has a callable"):
         custom.load_state_dict(saved)
+
+
+def test_going_on_with_other_noise_is_told() -> None:
+    def with_noise(noise: str) -> tuple[nn.Module, FlatLoRAOptimizer]:
+        model = lora_mlp()
+        return model, flatlora(model, base=torch.optim.AdamW, noise=noise)
+
+    model, optimizer = with_noise("gaussian")
+    _, other = with_noise("table")
+    other.load_state_dict(optimizer.state_dict())  # a run that has not begun
+    train(model, optimizer, range(2))
+    with pytest.warns(UserWarning, match=r"was that of GaussianNoise, .*; .* is that of NoiseTable, made by"):
+        other.load_state_dict(optimizer.state_dict())
+    _, again = with_noise("table")
+    again.load_state_dict(other.state_dict())
 
 
 def test_our_checkpoint_loads_into_the_base_alone() -> None:
