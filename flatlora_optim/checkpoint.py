@@ -1,6 +1,6 @@
 """What a param group carries for us, and the check of state before it is loaded.
 
-Step, seed and schedule live in the param groups, so every checkpoint format that carries an
+Step, seed, sigma and schedule live in the param groups, so every checkpoint format that carries an
 optimizer's ``param_groups`` carries them too.
 """
 
@@ -23,8 +23,9 @@ SEED = _PREFIX + "seed"
 TOTAL_STEPS = _PREFIX + "total_steps"
 SCHEDULE = _PREFIX + "schedule"
 NOISE = _PREFIX + "noise"
+"""What made the noise. In states only, not in the groups of an optimizer."""
 SIGMA = "sigma"
-_SHARED = STEP, SEED, TOTAL_STEPS, SCHEDULE, NOISE  # by all groups
+_SHARED = STEP, SEED, TOTAL_STEPS, SCHEDULE  # by all groups
 KEYS = (SIGMA, *_SHARED)
 
 _SHAPED_LIKE_THE_PARAMETER = (
@@ -82,7 +83,6 @@ def initial_state(
         SEED: check_seed(seed),
         TOTAL_STEPS: total,
         SCHEDULE: schedule if isinstance(schedule, str) else CUSTOM_SCHEDULE,
-        NOISE: "",
     }
 
 
@@ -279,14 +279,14 @@ def _check_group(group: dict[str, Any], custom_schedule: bool) -> None:
     missing = [key for key in KEYS if key not in group]
     if missing:
         raise ValueError(f"the checkpoint's Flat-LoRA state lacks {', '.join(missing)}")
-    unknown = [key for key in group if str(key).startswith(_PREFIX) and key not in KEYS]
+    unknown = [key for key in group if str(key).startswith(_PREFIX) and key not in (*KEYS, NOISE)]
     if unknown:
         raise ValueError(f"the checkpoint is of another version of flatlora-optim: it has {unknown[0]!r}")
     check_step(group[STEP])
     check_seed(group[SEED])
     # None is a length that is still to come: Accelerate loads a fresh optimizer's own state.
     check_total_steps(group[TOTAL_STEPS])
-    if not isinstance(group[NOISE], str):
+    if not isinstance(group.get(NOISE, ""), str):
         raise TypeError(f"the checkpoint's noise must be described by a text, got {group[NOISE]!r:.60}")
     schedule = group[SCHEDULE]
     if schedule == CUSTOM_SCHEDULE:

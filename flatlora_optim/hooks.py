@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
@@ -16,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import sharding
 from .noisy_weights import NoisyWeights
-from .perturbation import Perturbation, forget_changed, remove_all
+from .perturbation import Perturbation, change_noticed, forget_changed, remove_all
 from .wrapper import changes_nothing
 
 if TYPE_CHECKING:
@@ -269,6 +270,7 @@ def release(perturbations: Sequence[Perturbation], handles: list[RemovableHandle
     for handle in handles:
         handle.remove()
     try:
-        forget_changed(perturbations)
+        if changed := forget_changed(perturbations):
+            warnings.warn(str(change_noticed(changed)), stacklevel=2)
     finally:
         remove_all(perturbations)

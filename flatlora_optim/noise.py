@@ -169,7 +169,7 @@ class Noise:
     @property
     def is_in_memory(self) -> bool:
         """Whether kernels find the numbers in memory, as ``places`` tells them."""
-        return "places" in vars(type(self.source))  # a subclass may make other numbers
+        return "_is_in_memory" in vars(type(self.source))  # a subclass may make other numbers
 
     def blocks(self, lo: int, hi: int) -> tuple[range, int]:
         """The numbers of the blocks that hold local rows ``[lo, hi)``, and where these begin in the first."""

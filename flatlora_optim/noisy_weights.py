@@ -27,8 +27,8 @@ from .noise import Noise, NoiseKey, NoiseSource
 from .perturbation import (
     Perturbation,
     VirtualPerturbation,
-    WeightChangedError,
     apply_all,
+    change_noticed,
     forget_changed,
     remove_all,
 )
@@ -201,9 +201,15 @@ class NoisyWeights:
                 yield perturbation.target.weight.tensor  # type: ignore[attr-defined]
 
     def clean_copy(self, tensor: Tensor) -> Tensor | None:
-        """What the tensor holds without noise, if it carries any."""
+        """What the tensor holds without noise, if it carries any.
+
+        Raises:
+            WeightChangedError: Somebody else wrote it meanwhile.
+        """
         for perturbation in self.perturbations:
             if perturbation.written() is tensor:
+                if perturbation.changed():
+                    raise change_noticed([perturbation])
                 return perturbation.clean_copy()
         return None
 
@@ -246,13 +252,7 @@ class NoisyWeights:
             for norms in rewritten:
                 norms.rewritten()
         if changed:
-            names = ", ".join(p.target.name for p in changed[:3])
-            raise WeightChangedError(
-                f"the frozen weight of {names}{' …' if len(changed) > 3 else ''} was written while "
-                "it carried noise (merged, loaded or moved in the middle of a step?). It was left "
-                "as it is, noise included: load it again, and change weights only after "
-                "`optimizer.restore()` or `optimizer.step()`"
-            )
+            raise change_noticed(changed)
 
     def _versions(self) -> list[int]:
         return [tensor._version for tensor in self.tensors()]

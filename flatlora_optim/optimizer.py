@@ -19,19 +19,16 @@ from torch.optim import Optimizer
 from . import checkpoint, hooks, sharding
 from .adapters import Target
 from .checkpoint import SIGMA, check_choice
-from .noise import GaussianNoise, Noise, NoiseKey, NoiseSource
+from .noise import Noise, NoiseKey, NoiseSource
 from .noisy_weights import NoisyWeights
 from .perturbation import RESTORE_MODES
 from .scheduled import ScheduledOptimizer
 from .schedules import Schedule
 from .selection import choose_perturbations
-from .table import NoiseTable
+from .sources import noise_source
 from .wrapper import changes_nothing, check_base
 
 Closure = Callable[[], Any]
-
-NOISE_SOURCES: dict[str, Callable[[], NoiseSource]] = {"gaussian": GaussianNoise, "table": NoiseTable}
-"""A new source of noise is one class and one entry here."""
 
 _NO_NOISE = (
     "optimizer.step() came without a perturbed forward since the last step, so this was a plain LoRA "
@@ -71,8 +68,8 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
             forward of the frozen layer, ``"auto"`` does the first where it can.
         restore: How in-place noise is taken away: ``"exact"`` (seed and journal),
             ``"snapshot"`` (a copy of the weights), ``"subtract"`` (the paper's; low bits drift).
-        noise: ``"gaussian"`` (independent numbers), ``"table"`` (read from a :class:`NoiseTable`,
-            about twice as fast on a CPU), or any :class:`NoiseSource`.
+        noise: ``"gaussian"`` (independent numbers), ``"table"`` (read from a :class:`.NoiseTable`,
+            about twice as fast on a CPU), or any :class:`.NoiseSource`.
         rank_noise: In data-parallel training, ``"independent"`` noise on each copy of the model
             averages the expectation better; ``"shared"`` gives all of them the same. Ranks that
             hold parts of one copy (FSDP2, tensor parallelism) always agree.
@@ -120,8 +117,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         check_choice("mode", mode, ("auto", "in_place", "virtual"))
         check_choice("restore", restore, RESTORE_MODES)
         check_choice("rank_noise", rank_noise, ("independent", "shared"))
-        if isinstance(noise, str):
-            check_choice("noise", noise, NOISE_SOURCES)
+        source = noise_source(noise)
         initial = checkpoint.initial_state(
             base.param_groups, sigma=sigma, seed=seed, total_steps=total_steps, schedule=schedule
         )
@@ -138,7 +134,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         self._model = model
         self.skipped = found.skipped
         """Adapter layers that are not perturbed, and why."""
-        self._source = NOISE_SOURCES[noise]() if isinstance(noise, str) else noise
+        self._source = source
         self._options = {
             "auto": auto,
             "mode": mode,
@@ -319,12 +315,9 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         missed = self._weights.missed(noises)
         return f"{', '.join(missed[:3])}{' …' if missed[3:] else ''}: ", _UNSEEN_NOISE if missed else ""
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        total_steps = self.total_steps
-        super().load_state_dict(state_dict)
+    def _drop_noise(self) -> None:
         self._noises = None
         self.restore()
-        self._tell_what_is_another(total_steps)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles take the model, the base and the step along."""
@@ -369,7 +362,9 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
             self._finalizer()
 
     def _noise_description(self) -> str:
-        return f"{type(self._source).__name__}, made by {self._weights.makers(self._source)}"
+        source, kind = self._source, type(self._source)
+        name = kind.__name__ if kind.__repr__ is object.__repr__ else repr(source)
+        return f"{name}, made by {self._weights.makers(source)}"
 
     def _check_open(self) -> None:
         if not self._finalizer.alive:

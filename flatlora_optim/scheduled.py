@@ -96,12 +96,17 @@ class ScheduledOptimizer(OptimizerWrapper):
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state; step, seed, sigma and schedule travel in ``param_groups``."""
-        for group in self._filled_groups():
+        self._filled_groups()
+        state = self.base.state_dict()
+        for group in state["param_groups"]:
             group[NOISE] = self._noise_description()
-        return self.base.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class, or of the base optimizer alone (then the step is kept).
+
+        Step, seed, sigma and schedule are those of the state from then on; a warning names those that were
+        others, apart from the step. The noise of a step that is under way is taken away.
 
         Raises:
             TypeError, ValueError: The state is malformed or of another shape. Nothing was changed.
@@ -112,10 +117,12 @@ class ScheduledOptimizer(OptimizerWrapper):
             self.defaults,
             custom_schedule=not isinstance(self._schedule, str),
         )
-        before = self.state, self.param_groups
+        before, settings = (self.state, self.param_groups), self._settings()
         try:
             self.base.load_state_dict(state_dict)
             checkpoint.complete_groups(self.param_groups, before[1], self.defaults)
+            for group in self.param_groups:
+                group.pop(NOISE, None)  # how it is now is asked for when it is saved
         except BaseException as error:
             self.state, self.param_groups = before
             if isinstance(error, Exception) and not isinstance(error, (TypeError, ValueError)):
@@ -124,27 +131,49 @@ class ScheduledOptimizer(OptimizerWrapper):
         saved = self.param_groups[0][SCHEDULE]
         if saved != CUSTOM_SCHEDULE:
             self._schedule = saved
+        self._drop_noise()
+        self._warn_of_differences(settings, state_dict["param_groups"][0].get(NOISE))
+
+    def _drop_noise(self) -> None:
+        """Ends the noise of the step that is under way, if there is any."""
+        raise NotImplementedError
 
     def _noise_description(self) -> str:
         """Whose numbers the noise is made of: with others, the same seed gives another run."""
         raise NotImplementedError
 
-    def _tell_what_is_another(self, total_steps: int | None) -> None:
+    def _settings(self) -> dict[str, Any]:
+        """What a checkpoint replaces."""
+        sigmas = [group[SIGMA] for group in self._filled_groups()]
+        return {
+            "total_steps": self.total_steps,
+            "sigma": sigmas if len(set(sigmas)) > 1 else sigmas[0],
+            "schedule": self.param_groups[0][SCHEDULE],
+            "seed": self.seed,
+        }
+
+    def _warn_of_differences(self, before: dict[str, Any], noise_before: str | None) -> None:
         """Warns of what a checkpoint that was just loaded has changed, or does not go on with.
 
         Args:
-            total_steps: As they were before.
+            before: The settings that it replaced.
+            noise_before: Its own description of the noise.
         """
-        if None not in (total_steps, self.total_steps) and total_steps != self.total_steps:
+        others = [
+            f"{name} is {value!r} (not {before[name]!r})"
+            for name, value in self._settings().items()
+            if value != before[name] and None not in (value, before[name])
+        ]
+        if others:
             warnings.warn(
-                f"total_steps is {self.total_steps} from now on, as in the checkpoint, not {total_steps}. "
-                "Set `optimizer.total_steps` after loading to make the run longer or shorter",
+                f"as in the checkpoint, from now on {', '.join(others)}. To change it during a run, set "
+                '`optimizer.total_steps`, or the param groups\' "sigma", after loading',
                 stacklevel=3,
             )
-        before, now = self.param_groups[0][NOISE], self._noise_description()
-        if self.step_count and before not in ("", now):
+        noise = self._noise_description()
+        if self.step_count and noise_before not in (None, noise):
             warnings.warn(
-                f"up to this checkpoint the noise was that of {before}; from here on it is that of {now}. "
+                f"up to this checkpoint the noise was that of {noise_before}; from here on, that of {noise}. "
                 "The run goes on with noise of the same strength, but not with the numbers it would have had",
                 stacklevel=3,
             )

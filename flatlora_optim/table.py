@@ -47,6 +47,9 @@ class NoiseTable:
         self._lock = threading.RLock()  # an interrupt may keep it from being released
         self._tables: dict[torch.device, tuple[NoiseKey, Tensor]] = {}
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(size={self._size})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy renews a table of its own, with the same numbers."""
         return type(self), (self._size,)
@@ -54,6 +57,8 @@ class NoiseTable:
     def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
         table, (start,) = self.places(key, [number], [out.numel()], out.device)
         return table[start : start + out.numel()].view(out.shape)
+
+    _is_in_memory = True
 
     def places(
         self, key: NoiseKey, numbers: Iterable[int], sizes: Sequence[int], device: torch.device

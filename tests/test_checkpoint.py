@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from flatlora_optim import FlatLoRAOptimizer
+from flatlora_optim import FlatLoRAOptimizer, NoiseTable
 from helpers import changed_weights, fingerprint, flatlora, lora_mlp, loss_of, mlp_batch, train, trainable
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -148,9 +148,12 @@ def test_a_checkpoint_does_not_replace_what_was_asked_for_in_silence() -> None:
     saved = build(lora_mlp()).state_dict()
     longer = build(lora_mlp())
     longer.total_steps = 50
-    with pytest.warns(UserWarning, match=r"total_steps is 8 from now on, .* not 50"):
+    with pytest.warns(UserWarning, match=r"from now on total_steps is 8 \(not 50\)\."):
         longer.load_state_dict(saved)
     longer.total_steps = 50
+    others = flatlora(lora_mlp(), base=torch.optim.AdamW, schedule="constant", sigma=0.3, seed=8)
+    with pytest.warns(UserWarning, match=r"sigma is 0.2 \(not 0.3\), schedule is 'cosine' .*, seed is 11"):
+        others.load_state_dict(saved)
     custom = build(lora_mlp(), schedule="callable")
     with pytest.raises(ValueError, match=r"schedule 'cosine', and the optimizer has a callable"):
         custom.load_state_dict(saved)
@@ -165,10 +168,21 @@ def test_going_on_with_other_noise_is_told() -> None:
     _, other = with_noise("table")
     other.load_state_dict(optimizer.state_dict())  # a run that has not begun
     train(model, optimizer, range(2))
-    with pytest.warns(UserWarning, match=r"was that of GaussianNoise, .*; .* is that of NoiseTable, made by"):
+    with pytest.warns(UserWarning, match=r"was that of GaussianNoise, .*; .* that of NoiseTable\("):
         other.load_state_dict(optimizer.state_dict())
     _, again = with_noise("table")
     again.load_state_dict(other.state_dict())
+
+
+def test_a_table_of_another_size_is_other_noise() -> None:
+    def with_table(size: int) -> tuple[nn.Module, FlatLoRAOptimizer]:
+        model = lora_mlp()
+        return model, flatlora(model, base=torch.optim.AdamW, noise=NoiseTable(size))
+
+    model, optimizer = with_table(1 << 12)
+    train(model, optimizer, range(2))
+    with pytest.warns(UserWarning, match=r"NoiseTable\(size=4096\), .* that of NoiseTable\(size=8192\)"):
+        with_table(1 << 13)[1].load_state_dict(optimizer.state_dict())
 
 
 def test_our_checkpoint_loads_into_the_base_alone() -> None:

@@ -218,6 +218,27 @@ def test_a_weight_that_somebody_else_wrote_is_left_to_them(
     assert optimizer.step_count == 1
 
 
+@pytest.mark.parametrize("restore", ["exact", "snapshot", "subtract"])
+@pytest.mark.parametrize("change", [load, write_through_data, cast, merge])
+def test_a_weight_that_somebody_else_wrote_is_not_saved(
+    change: Callable[[nn.Module], None], restore: str, model: nn.Module
+) -> None:
+    optimizer = flatlora(model, restore=restore)
+    loss_of(model, BATCH).backward()
+    change(model)
+    with pytest.raises(WeightChangedError, match="fc1"):
+        model.state_dict()
+    assert optimizer.is_perturbed
+
+
+def test_a_forgotten_optimizer_tells_of_a_weight_that_somebody_else_wrote(model: nn.Module) -> None:
+    optimizers = [flatlora(model)]
+    loss_of(model, BATCH).backward()
+    merge(model)
+    with pytest.warns(UserWarning, match="fc1.*was written while it carried noise"):
+        optimizers.clear()
+
+
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("through_data", [False, True])
 def test_a_single_element_that_somebody_else_wrote_is_noticed(strided: bool, through_data: bool) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "VirtualPerturbation",
     "WeightChangedError",
     "apply_all",
+    "change_noticed",
     "choose_perturbation",
     "forget_changed",
     "remove_all",
@@ -55,6 +56,16 @@ def forget_changed(perturbations: Sequence[Perturbation]) -> list[Perturbation]:
     for perturbation in changed:
         perturbation.forget()
     return changed
+
+
+def change_noticed(changed: Sequence[Perturbation]) -> WeightChangedError:
+    """What to tell of the weights that ``forget_changed`` returned."""
+    names = ", ".join(perturbation.target.name for perturbation in changed[:3])
+    return WeightChangedError(
+        f"the frozen weight of {names}{' …' if len(changed) > 3 else ''} was written while it carried "
+        "noise (merged, loaded or moved in the middle of a step?). It was left as it is, noise included: "
+        "load it again, and change weights only after `optimizer.restore()` or `optimizer.step()`"
+    )
 
 
 def remove_all(perturbations: Sequence[Perturbation]) -> None:
