@@ -86,6 +86,15 @@ class Target:
         """Whether an adapter has been written into the base weight."""
         return any(is_set(each.layer, "merged") for each in self.sharing)
 
+    def check_ties(self) -> None:
+        """Raises RuntimeError unless all layers that shared this weight still do."""
+        for other in self.tied:
+            if other.weight.identity() != self.weight.identity():
+                raise RuntimeError(
+                    f"{self.name} and {other.name} shared a weight when this optimizer was built, and "
+                    "don't any more: build a new FlatLoRAOptimizer"
+                )
+
     def all_parameters(self) -> Iterator[nn.Parameter]:
         """Those of all active adapters on this weight."""
         for sharing in self.sharing:

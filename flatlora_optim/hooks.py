@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import sharding
 from .noisy_weights import NoisyWeights
-from .perturbation import Perturbation, change_noticed, forget_changed, remove_all
+from .perturbation import Perturbation, change_noticed, clean_copy, forget_changed, remove_all
 from .wrapper import changes_nothing
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ class _CleanStateDict(_ModelHook):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             key = prefix + name
             if tensor is not None and key in state:
-                clean = optimizer._weights.clean_copy(tensor)
+                clean = clean_copy(tensor)
                 if clean is not None:
                     state[key] = clean
 
@@ -213,12 +213,16 @@ def hook_forwards(optimizer: FlatLoRAOptimizer, model: nn.Module) -> list[Remova
 def hook_state_dicts(optimizer: FlatLoRAOptimizer, model: nn.Module) -> list[RemovableHandle]:
     """Watches the model and each module that owns a perturbed tensor, under whatever name."""
     hook = _CleanStateDict(optimizer)
-    weights = {id(t) for t in optimizer._weights.tensors()}
+    places = {sharding.place_of(tensor) for tensor in optimizer._weights.tensors()} - {None}
     return [
         module._register_state_dict_hook(hook)
         for module in model.modules()
         if module is model
-        or any(id(t) in weights for t in (*module._parameters.values(), *module._buffers.values()))
+        or any(
+            sharding.place_of(tensor) in places
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        )
     ]
 
 

@@ -96,10 +96,16 @@ class NoisyWeights:
 
     @torch.no_grad()
     def draw(self, source: NoiseSource, key: NoiseKey, sigmas: Sequence[float]) -> list[Noise | None]:
-        """One noise for each weight: None for sigma 0, without an active adapter, or while merged."""
+        """One noise for each weight: None for sigma 0, without an active adapter, or while merged.
+
+        Raises:
+            RuntimeError: Layers that shared a weight have one each by now.
+        """
         # A merged layer trains nothing, and its weight is W' already.
         targets, attached = self.targets, self.attached()
         chosen = [i for i in attached if sigmas[i] > 0 and not targets[i].merged]
+        for i in chosen:
+            targets[i].check_ties()
         norms = merged_norms([self.norms[i] for i in chosen])
         active = [(i, norm) for i, norm in zip(chosen, norms, strict=True) if norm is not None]
         columns = [targets[i].weight.columns for i, _ in active]
@@ -199,19 +205,6 @@ class NoisyWeights:
         for perturbation in self.perturbations:
             if not isinstance(perturbation, VirtualPerturbation):
                 yield perturbation.target.weight.tensor  # type: ignore[attr-defined]
-
-    def clean_copy(self, tensor: Tensor) -> Tensor | None:
-        """What the tensor holds without noise, if it carries any.
-
-        Raises:
-            WeightChangedError: Somebody else wrote it meanwhile.
-        """
-        for perturbation in self.perturbations:
-            if perturbation.written() is tensor:
-                if perturbation.changed():
-                    raise change_noticed([perturbation])
-                return perturbation.clean_copy()
-        return None
 
     def _put_on(self, versions: ExitStack) -> None:
         sharding.reshard_all(self._model)

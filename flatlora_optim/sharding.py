@@ -28,6 +28,16 @@ def local_part(tensor: Any) -> Tensor:
     return local
 
 
+def place_of(tensor: Any) -> tuple[torch.device, int] | None:
+    """Where in memory the local part begins: what parameters that share it have in common, if any."""
+    local = local_part(tensor)
+    try:
+        address = local.data_ptr() if local.numel() else 0
+    except RuntimeError:  # a subclass without memory of its own
+        return None
+    return (local.device, address) if address else None
+
+
 def whole(tensor: Any) -> Tensor:
     """All parts of the tensor, put together on each process."""
     tensor = tensor.detach()

@@ -135,7 +135,7 @@ def test_optimizers_do_not_put_noise_on_the_same_weight_at_once(
     loss_of(model, BATCH).backward()
     noise = changed_weights(model, before)
     model.set_adapter("second")
-    with pytest.raises(RuntimeError, match=r"fc1: another FlatLoRAOptimizer has its noise on this weight"):
+    with pytest.raises(RuntimeError, match=r"fc1: its weight carries noise already"):
         loss_of(model, BATCH)
     assert not second.is_perturbed
     assert changed_weights(model, before) == noise

@@ -337,6 +337,41 @@ def test_tied_layers_with_parameters_of_their_own_share_the_noise() -> None:
             assert not changed_weights(model, before)
 
 
+@pytest.mark.parametrize("targets", [["embed"], ["lm_head"], ["embed", "lm_head"]])
+def test_a_state_dict_is_clean_under_all_names_of_a_tied_weight(targets: list[str]) -> None:
+    tied = TinyLM(tied=True)
+    tied.load_state_dict(tied.state_dict(), assign=True)  # two parameters in one memory
+    model = with_lora(tied, targets)
+    before, expected = fingerprint(model), copy.deepcopy(model.state_dict())
+    with flatlora(model).perturbed():
+        state = model.state_dict()
+        assert len(changed_weights(model, before)) == 2
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("restore", ["exact", "snapshot"])
+def test_weights_that_are_tied_after_the_optimizer_was_built_are_refused(restore: str) -> None:
+    model = lora_lm(tied=False, targets=("embed", "lm_head"))
+    optimizer = flatlora(model, restore=restore)
+    assert len(optimizer.targets) == 2
+    lm = model.base_model.model
+    lm.lm_head.base_layer.weight.data = lm.embed.base_layer.weight.data
+    before = fingerprint(model)
+    with pytest.raises(RuntimeError, match=r"carries noise already.* tied .* build a new one"):
+        optimizer.perturb()
+    assert not optimizer.is_perturbed
+    assert not changed_weights(model, before)
+
+
+def test_weights_that_are_untied_after_the_optimizer_was_built_are_refused() -> None:
+    model = lora_lm(tied=True, targets=("embed", "lm_head"))
+    optimizer = flatlora(model)
+    lm = model.base_model.model
+    lm.lm_head.base_layer.weight = nn.Parameter(lm.embed.base_layer.weight.clone(), requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"embed and .*lm_head shared a weight .* build a new"):
+        optimizer.perturb()
+
+
 def test_weights_that_overlap_are_refused() -> None:
     memory = torch.randn(12, 6)
 

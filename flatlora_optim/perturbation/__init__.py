@@ -12,7 +12,7 @@ from ..adapters import Target
 from ..noise import Noise
 from ..weights import UnsupportedAdapterError
 from .base import Perturbation
-from .in_place import RESTORE_MODES, InPlace, WeightChangedError
+from .in_place import RESTORE_MODES, InPlace, WeightChangedError, change_noticed, clean_copy
 from .virtual import VirtualPerturbation
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "apply_all",
     "change_noticed",
     "choose_perturbation",
+    "clean_copy",
     "forget_changed",
     "remove_all",
 ]
@@ -56,16 +57,6 @@ def forget_changed(perturbations: Sequence[Perturbation]) -> list[Perturbation]:
     for perturbation in changed:
         perturbation.forget()
     return changed
-
-
-def change_noticed(changed: Sequence[Perturbation]) -> WeightChangedError:
-    """What to tell of the weights that ``forget_changed`` returned."""
-    names = ", ".join(perturbation.target.name for perturbation in changed[:3])
-    return WeightChangedError(
-        f"the frozen weight of {names}{' …' if len(changed) > 3 else ''} was written while it carried "
-        "noise (merged, loaded or moved in the middle of a step?). It was left as it is, noise included: "
-        "load it again, and change weights only after `optimizer.restore()` or `optimizer.step()`"
-    )
 
 
 def remove_all(perturbations: Sequence[Perturbation]) -> None:

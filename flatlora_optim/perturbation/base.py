@@ -66,8 +66,9 @@ class Perturbation:
 
     def already_noisy(self) -> RuntimeError:
         return RuntimeError(
-            f"{self.target.name}: another FlatLoRAOptimizer has its noise on this weight. Let its step end "
-            "first, by `step()` or `restore()`"
+            f"{self.target.name}: its weight carries noise already. If it is another FlatLoRAOptimizer's, "
+            "let its step end first, by `step()` or `restore()`; if the weight was tied to another layer's "
+            "after this optimizer was built, build a new one"
         )
 
     def nbytes(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -18,11 +19,15 @@ from ..kernels import kernels_of, parts_of
 from ..kernels.part import Keep, Part, visit
 from ..noise import Noise
 from ..parallel import lasting_empty
-from ..sharding import like, local_part
+from ..sharding import like, local_part, place_of
 from ..weights import DenseWeight
 from .base import Perturbation
 
 RESTORE_MODES = {"exact": Keep.JOURNAL, "snapshot": Keep.COPY, "subtract": Keep.NOTHING}
+
+
+_carriers: WeakValueDictionary[object, InPlace] = WeakValueDictionary()
+"""Which perturbation has its noise on the weight at a place in memory, under whatever names it is known."""
 
 
 class WeightChangedError(RuntimeError):
@@ -43,17 +48,20 @@ class InPlace(Perturbation):
         self._keep = RESTORE_MODES[restore]
         self._weight = target.weight
         self._tensor: Tensor | None = None
+        self._place: object = None
         self._parts: Sequence[Part] = ()
         self._copy: Tensor | None = None
-        self._seal: tuple[int, int, Any] | None = None
+        self._seal: tuple[int, Any] | None = None
 
     def apply(self, noise: Noise) -> Sequence[Part]:
         tensor = self._weight.tensor
-        if getattr(tensor, "flatlora_noise", self) is not self:
+        place = place_of(tensor)
+        if _carriers.get(place, self) is not self:
             raise self.already_noisy()
-        self._tensor = tensor
-        tensor.flatlora_noise = self  # type: ignore[attr-defined]
-        local = local_part(self._tensor)
+        self._tensor, self._place = tensor, place
+        if place is not None:
+            _carriers[place] = self
+        local = local_part(tensor)
         if self._keep is Keep.COPY:
             self._reserve_copy(local)
         self._parts = parts_of(local, noise, self._keep, self._copy)
@@ -68,8 +76,8 @@ class InPlace(Perturbation):
         for part in self._parts:
             if part.is_perturbed:
                 part.forget()
-        if self._tensor is not None and getattr(self._tensor, "flatlora_noise", None) is self:
-            del self._tensor.flatlora_noise  # type: ignore[attr-defined]
+        if _carriers.get(self._place) is self:
+            del _carriers[self._place]
         self._tensor = self._seal = None
         self._parts = ()
 
@@ -97,11 +105,11 @@ class InPlace(Perturbation):
             return False
         tensor = getattr(self._weight, "tensor", None)
         # A merge of a B that is still zero changes no element, but means to.
-        if tensor is None or tensor is not self._tensor or self.target.merged:
+        if tensor is None or place_of(tensor) != self._place or self.target.merged:
             return True
-        version, address, probes = self._seal
-        version_now, address_now, probes_now = self._sealed(tensor)
-        if (version_now, address_now) != (version, address):
+        version, probes = self._seal
+        version_now, probes_now = self._sealed(self._tensor)
+        if version_now != version:
             return True
         differs: bool | Tensor = probes_now != probes
         return differs.any() if isinstance(differs, Tensor) else differs
@@ -116,7 +124,33 @@ class InPlace(Perturbation):
             # Kept between steps: faulting in fresh pages costs more than the copy.
             self._copy = lasting_empty(local.shape, local.dtype, local.device)
 
-    def _sealed(self, tensor: Tensor) -> tuple[int, int, Any]:
-        """Version, address and a few elements: a merge through ``.data`` changes only the last."""
+    def _sealed(self, tensor: Tensor) -> tuple[int, Any]:
+        """Version and a few elements: a merge through ``.data`` changes only the latter."""
         local = local_part(tensor)
-        return tensor._version, local.data_ptr(), kernels_of(local.device).probes(local)
+        return tensor._version, kernels_of(local.device).probes(local)
+
+
+def change_noticed(changed: Sequence[Perturbation]) -> WeightChangedError:
+    """What to tell of perturbations whose weights somebody else has written."""
+    names = ", ".join(perturbation.target.name for perturbation in changed[:3])
+    return WeightChangedError(
+        f"the frozen weight of {names}{' …' if len(changed) > 3 else ''} was written while it carried "
+        "noise (merged, loaded or moved in the middle of a step?). It was left as it is, noise included: "
+        "load it again, and change weights only after `optimizer.restore()` or `optimizer.step()`"
+    )
+
+
+def clean_copy(tensor: Tensor) -> Tensor | None:
+    """What the tensor, or another one in the same memory, holds without noise; None if it carries none.
+
+    Raises:
+        WeightChangedError: Somebody else wrote it meanwhile.
+    """
+    carrier = _carriers.get(place_of(tensor))
+    if carrier is None:  # it may have been moved meanwhile, by `to()`
+        carrier = next((each for each in _carriers.values() if each.written() is tensor), None)
+    if carrier is None or (written := carrier.written()) is None or written.shape != tensor.shape:
+        return None
+    if carrier.changed():
+        raise change_noticed([carrier])
+    return carrier.clean_copy()
