@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .modules import find, has, innermost_base_layer, is_set
 from .noise import Noise, NoiseKey, NoiseSource
 from .sharding import gathered, whole
 from .weights import FrozenWeight, UnsupportedAdapterError, read_weight
@@ -100,6 +101,10 @@ class Target:
         for sharing in self.sharing:
             yield from sharing.adapter_parameters()
 
+    def has_gradient(self) -> bool:
+        """Whether an active adapter on this weight has learned anything since the last step."""
+        return any(p.grad is not None and bool(p.grad.any()) for p in self.all_parameters())
+
     def low_rank(self, left: Tensor, right: Tensor, scaling: float) -> LowRank:
         """
         Raises:
@@ -108,9 +113,9 @@ class Target:
         rows, columns = self.weight.rows, self.weight.columns
         if right.ndim != 2 or left.shape != (rows, right.shape[0]) or right.shape[1] != columns:
             raise UnsupportedAdapterError(
-                f"{self.name or 'module'}: B @ A has shapes {tuple(left.shape)} @ {tuple(right.shape)}, but "
-                f"the weight has {rows} output neurons and {columns} inputs; check lora_A, lora_B (shapes "
-                "(r, n) and (m, r)) and `transposed`"
+                f"{self.name or type(self.layer).__name__}: B @ A has shapes {tuple(left.shape)} @ "
+                f"{tuple(right.shape)}, but the weight has {rows} output neurons and {columns} inputs; check "
+                "lora_A, lora_B (shapes (r, n) and (m, r)) and `transposed`"
             )
         return LowRank(left, right, scaling)
 
@@ -163,8 +168,12 @@ class PeftLoRA(Target):
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
         for _, a, b in self._active():
             for part in (a, b):
-                own = [part] if isinstance(part, nn.Parameter) else part._parameters.values()
-                yield from (parameter for parameter in own if parameter is not None)
+                if isinstance(part, nn.Parameter):
+                    yield part
+                elif "parametrizations" in part._modules:
+                    yield from part.parameters()
+                else:  # as fast as can be, for it is asked for at each step
+                    yield from (parameter for parameter in part._parameters.values() if parameter is not None)
 
     def delta(self) -> LowRank | Tensor | None:
         terms = [self._product(adapter, a, b) for adapter, a, b in self._active()]
@@ -257,7 +266,7 @@ class HandWrittenLoRA(Target):
                     "its weight is stored transposed (`fan_in_fan_out`); describe it by "
                     "`flatlora_optim.register(module, ..., transposed=True)`"
                 )
-            if _find(module, "weight").ndim != 2 or isinstance(module, nn.Embedding):
+            if find(module, "weight").ndim != 2 or isinstance(module, nn.Embedding):
                 raise UnsupportedAdapterError(
                     "of loralib-style layers only Linear is recognized; describe it by `register` (an "
                     "Embedding with `transposed=True`)"
@@ -276,7 +285,7 @@ class HandWrittenLoRA(Target):
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
         for path in (self.parts.lora_A, self.parts.lora_B):
-            part = _find(self.layer, path)
+            part = find(self.layer, path)
             if isinstance(part, nn.Parameter):
                 yield part
 
@@ -284,10 +293,10 @@ class HandWrittenLoRA(Target):
         if is_set(self.layer, "disable_adapters"):
             return None
         device, parts = self.weight.device, self.parts
-        scaling = _find(self.layer, parts.scaling) if isinstance(parts.scaling, str) else parts.scaling
-        left = _values(_find(self.layer, parts.lora_B), device).flatten(1)
-        right = _values(_find(self.layer, parts.lora_A), device).flatten(1)
-        return self.low_rank(left, right, float(scaling))
+        scaling = find(self.layer, parts.scaling) if isinstance(parts.scaling, str) else parts.scaling
+        left = _values(find(self.layer, parts.lora_B), device).flatten(1)
+        right = _values(find(self.layer, parts.lora_A), device).flatten(1)
+        return self.low_rank(left, right, float(scaling.detach() if isinstance(scaling, Tensor) else scaling))
 
 
 TARGET_TYPES: list[type[Target]] = [HandWrittenLoRA, PeftLoRA, PeftAdditive]
@@ -340,19 +349,12 @@ def register(
         ['0']
     """
     for path in (weight, lora_A, lora_B):
-        if not isinstance(_find(module, path), Tensor):
+        if not isinstance(find(module, path), Tensor):
             raise TypeError(f"{path!r} of {type(module).__name__} is not a tensor; name the parameter itself")
-    value = _find(module, scaling) if isinstance(scaling, str) else scaling
-    if not isinstance(value, (int, float, Tensor)):
-        raise TypeError(f"scaling must be a number or the path of one, got {value!r}")
+    value = find(module, scaling) if isinstance(scaling, str) else scaling
+    if not isinstance(value, (int, float, Tensor)) or (isinstance(value, Tensor) and value.numel() != 1):
+        raise TypeError(f"scaling must be a single number or the path of one, got {value!r:.80}")
     module.flatlora_registration = Registration(weight, lora_A, lora_B, scaling, transposed)  # type: ignore[assignment]
-    return module
-
-
-def innermost_base_layer(module: nn.Module) -> nn.Module:
-    """The module under one or more nested adapter layers."""
-    while isinstance(base := getattr(module, "base_layer", None), nn.Module):
-        module = base
     return module
 
 
@@ -394,21 +396,3 @@ def _sum_of_deltas(target: Target, adapters: Iterable[str]) -> Tensor | None:
 def _values(part: nn.Module | Tensor, device: torch.device) -> Tensor:
     tensor: Tensor = part if isinstance(part, Tensor) else part.weight  # type: ignore[assignment]
     return whole(tensor).to(device, torch.float32)
-
-
-def _find(module: nn.Module, path: str) -> Any:
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def is_set(module: nn.Module, name: str) -> bool:
-    """Whether the module has a flag of this name that is true."""
-    # Asked for at each step: the exception with which nn.Module answers for what it lacks takes microseconds.
-    is_there = name in module.__dict__ or name in module._buffers or hasattr(type(module), name)
-    return is_there and bool(getattr(module, name))
-
-
-def has(module: nn.Module, *names: str) -> bool:
-    return all(hasattr(module, name) for name in names)

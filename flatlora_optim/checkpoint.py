@@ -148,7 +148,7 @@ def check_total_steps(value: object) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"total_steps must be a number of optimizer steps, got {value!r}")
+        raise TypeError(f"total_steps must be an int, a number of optimizer steps (round up), got {value!r}")
     if value < 1:
         raise ValueError(f"total_steps must be at least 1, got {value}")
     return int(value)
@@ -250,9 +250,9 @@ def _check_shapes(state: object, parameter: Tensor) -> None:
 def _check_options(pairs: dict[str, tuple[object, object]]) -> None:
     """Optimizers take any value from a checkpoint, and fail on it, or go wrong, at some later step."""
     for key, (theirs, ours) in pairs.items():
-        # None or a bool may stand for each other: "decide by yourself", yes, no.
-        kinds = {_FLAG, "number"} if ours is None else {_kind(ours)}
-        if _kind(theirs) not in kinds:
+        # None or a bool may stand for each other: "decide by yourself", yes, no. Or None for a name.
+        kinds = {_FLAG, "number", str} if ours is None else {_kind(ours)}
+        if _kind(theirs) not in kinds and not (theirs is None and isinstance(ours, str)):
             raise ValueError(f"the checkpoint's {key!r} must be like {ours!r}, got {theirs!r:.60}")
 
 

@@ -9,6 +9,11 @@ also after an exception, and an optimizer that is attached to the model does not
 The model is measured in eval mode. Each evaluation starts from the same random state, so a
 ``loss_fn`` that draws its data at random draws the same data every time. Weights in float16 and
 bfloat16 work, but resolve only strong noise: curvature is best measured in float32.
+
+``samples`` are how many random draws are averaged, ``seed`` makes them the same again, and
+``progress`` shows a bar where tqdm is installed. All functions raise ValueError for a number that
+is out of range, a model without an active adapter, with a merged one or with sharded weights, and
+TypeError if ``loss_fn`` returns no scalar tensor.
 """
 
 from __future__ import annotations
@@ -22,9 +27,10 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import check_sigma
+from .checkpoint import check_choice, check_seed, check_sigma
 from .noise import NoiseKey, NoiseSource
 from .scales import row_scales
+from .sources import noise_source
 from .surroundings import LossFn, Vector, dot, measuring
 
 if TYPE_CHECKING:
@@ -60,6 +66,7 @@ class ExpectedLoss(Estimate):
     """``E L(W + eps)``, and the loss at W."""
 
     at_minimum: float
+    """The loss at W, whether it is a minimum or not."""
 
     @property
     def increase(self) -> float:
@@ -102,7 +109,7 @@ def expected_loss(
     sigma: float,
     samples: int = 16,
     seed: int = 0,
-    noise: NoiseSource | None = None,
+    noise: str | NoiseSource = "gaussian",
     progress: bool = True,
 ) -> ExpectedLoss:
     """The objective of Flat-LoRA: the mean loss over noise on the full weights.
@@ -111,20 +118,20 @@ def expected_loss(
 
     Args:
         sigma: Noise strength relative to the norm of each row.
-        noise: A source of other noise than independent Gaussian.
+        noise: As for the optimizer.
 
     Example:
         >>> around = expected_loss(model, lambda model: model(x).square().mean(), sigma=0.5, samples=64)
         >>> around.increase > 3 * around.standard_error
         True
     """
-    sigma = check_sigma(sigma)
+    sigma, seed, source = check_sigma(sigma), check_seed(seed), noise_source(noise)
     _check_count("samples", samples)
     with measuring(model, loss_fn) as at:
         columns = [target.weight.columns for target in at.targets]
         scales = row_scales(at.norms, [sigma] * len(columns), columns)
         losses = [
-            at.loss(at.noises(NoiseKey(seed, k), scales, noise))
+            at.loss(at.noises(NoiseKey(seed, k), scales, source))
             for k in _progress(range(samples), "expected loss", progress)
         ]
         return ExpectedLoss(torch.tensor(losses, dtype=torch.float64, device="cpu"), at.at_minimum)
@@ -148,7 +155,7 @@ def slice_1d(
         radius: The slice runs from ``-radius`` to ``radius``.
         points: An odd number includes W itself.
     """
-    coordinates = _coordinates(radius, points)
+    coordinates, seed = _coordinates(radius, points), check_seed(seed)
     with measuring(model, loss_fn) as at:
         direction = at.direction(seed, 0)
         losses = [
@@ -170,7 +177,7 @@ def slice_2d(
 
     The first of them is the direction of ``slice_1d`` with the same seed.
     """
-    coordinates = _coordinates(radius, points)
+    coordinates, seed = _coordinates(radius, points), check_seed(seed)
     with measuring(model, loss_fn) as at:
         d1, d2 = at.direction(seed, 0), at.direction(seed, 1)
         grid = [(a, b) for a in coordinates.tolist() for b in coordinates.tolist()]
@@ -198,8 +205,8 @@ def hessian_trace(
             weights are dense and none has DoRA, whose norm PEFT keeps from autograd.
         step: How far the differences go, relative to the root mean square of the weights.
     """
-    if method not in ("auto", "autograd", "differences"):
-        raise ValueError(f"method must be 'auto', 'autograd' or 'differences', got {method!r}")
+    check_choice("method", method, ("auto", "autograd", "differences"))
+    seed = check_seed(seed)
     _check_count("samples", samples)
     _check_length("step", step)
     with measuring(model, loss_fn) as at:
@@ -231,7 +238,9 @@ def top_eigenvalue(
         iterations: Hessian-vector products at most.
         tolerance: Stops when ``|Hv - value * v|`` is below this, relative to the value.
     """
+    seed = check_seed(seed)
     _check_count("iterations", iterations)
+    _check_length("tolerance", tolerance)
     with measuring(model, loss_fn) as at:
         hessian = at.hessian()
         start = at.vector(NoiseKey(seed, 0))

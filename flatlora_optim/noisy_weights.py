@@ -22,7 +22,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from . import sharding
 from .adapters import Target
-from .kernels import kernels_for, kernels_of
+from .kernels import kernels_of
 from .noise import Noise, NoiseKey, NoiseSource
 from .perturbation import (
     Perturbation,
@@ -80,15 +80,9 @@ class NoisyWeights:
             if any(sharing.layer in modules for sharing in target.sharing)
         ]
 
-    def makers(self, source: NoiseSource) -> str:
-        """The names of the kernels that make noise of this source, each with numbers of its own."""
-        names = set()
-        for target in self.targets:
-            weight = target.weight
-            scales = torch.empty(0, device=weight.device)
-            part = local_part(weight.tensor) if isinstance(weight, DenseWeight) else scales
-            names.add(kernels_for(target.noise(source, NoiseKey(0, 0), scales), part).name)
-        return ", ".join(sorted(names))
+    def makers(self) -> str:
+        """The names of the kernels that make the numbers, each its own for the same seed."""
+        return ", ".join(sorted({kernels_of(target.weight.device).name for target in self.targets}))
 
     @property
     def is_suspended(self) -> bool:
@@ -187,18 +181,6 @@ class NoisyWeights:
                     "elements, also where the schedule is at its height. Take a larger sigma, or float32",
                     stacklevel=2,
                 )
-
-    def missed(self, noises: Sequence[Noise | None]) -> list[str]:
-        """The names of targets that have learned, but whose noise was never looked at."""
-        noisy = [p for p, noise in zip(self.perturbations, noises, strict=True) if noise is not None]
-        if sharding.in_a_group() and any(perturbation.was_seen for perturbation in noisy):
-            return []  # the gradient of a layer that did not run here may be that of others
-        return [
-            perturbation.target.name
-            for perturbation in noisy
-            if not perturbation.was_seen
-            and any(p.grad is not None and p.grad.any() for p in perturbation.target.all_parameters())
-        ]
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that in-place noise is written to."""

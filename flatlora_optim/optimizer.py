@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from . import checkpoint, hooks, sharding
 from .adapters import Target
 from .checkpoint import SIGMA, check_choice
+from .complaints import complaint_of
 from .noise import Noise, NoiseKey, NoiseSource
 from .noisy_weights import NoisyWeights
 from .perturbation import RESTORE_MODES
@@ -29,16 +30,6 @@ from .sources import noise_source
 from .wrapper import changes_nothing, check_base
 
 Closure = Callable[[], Any]
-
-_NO_NOISE = (
-    "optimizer.step() came without a perturbed forward since the last step, so this was a plain LoRA "
-    "step. Call the model that was passed to FlatLoRAOptimizer, in train() mode and with gradients "
-    "enabled, or use step(closure) or `with optimizer.perturbed():`"
-)
-_UNSEEN_NOISE = (
-    "the adapters learn without noise, because the frozen layer's own forward never ran, as when a fused "
-    "kernel reads its weight. Switch that kernel off, or perturb a dense weight in place"
-)
 
 
 class FlatLoRAOptimizer(ScheduledOptimizer):
@@ -146,7 +137,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         self._forwards = hooks.Forwards(self._weights, self._put_noise_on)
         self._noises: list[Noise | None] | None = None
         self._perturbing: object = None  # changes with each one who puts noise on
-        self._told = {""}  # complaints
+        self._told: set[str] = set()  # complaints
         self._resolution_checked = self._steps_base = False
 
         handles = [*hooks.hook_state_dicts(self, model), *hooks.hook_base(self, base)]
@@ -198,11 +189,16 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
     def perturbed(self) -> Iterator[FlatLoRAOptimizer]:
         """A block in which forward and backward run at W + eps. Restores whatever happens.
 
+        Inside of another such block, or after :meth:`perturb`, the noise stays on until that ends.
+
         Example:
             >>> with optimizer.perturbed():
             ...     model(x).square().mean().backward()
             >>> optimizer.step()
         """
+        if self._forwards.explicit and not self._weights.is_suspended:
+            yield self
+            return
         mine = None
         try:
             self.perturb()
@@ -298,22 +294,13 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
     def _end_step(self) -> None:
         if self._noises is None and changes_nothing(self.param_groups):
             return
-        subject, complaint = self._complaint()
-        if complaint not in self._told:
-            self._told.add(complaint)
-            warnings.warn(subject + complaint, stacklevel=4)
+        found = complaint_of(self)
+        if found is not None and found[1] not in self._told:
+            self._told.add(found[1])
+            warnings.warn("".join(found), stacklevel=4)
         # Before it is counted: an interrupt in between must not carry noise over to the next step.
         self._noises, self._perturbing = None, None
         self._count_step()
-
-    def _complaint(self) -> tuple[str, str]:
-        """What was wrong with the noise of the step that ends now, and where."""
-        noises = self._noises or ()
-        if not any(noises):
-            sigma = max((group[SIGMA] for group in self.param_groups), default=0.0)
-            return "", _NO_NOISE if sigma > 0 and sigma * self._factor > 0 else ""
-        missed = self._weights.missed(noises)
-        return f"{', '.join(missed[:3])}{' …' if missed[3:] else ''}: ", _UNSEEN_NOISE if missed else ""
 
     def _drop_noise(self) -> None:
         self._noises = None
@@ -362,9 +349,9 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
             self._finalizer()
 
     def _noise_description(self) -> str:
-        source, kind = self._source, type(self._source)
-        name = kind.__name__ if kind.__repr__ is object.__repr__ else repr(source)
-        return f"{name}, made by {self._weights.makers(source)}"
+        kind = type(self._source)
+        name = kind.__name__ if kind.__repr__ is object.__repr__ else repr(self._source)
+        return f"{name}, made by {self._weights.makers()}"
 
     def _check_open(self) -> None:
         if not self._finalizer.alive:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .adapters import TARGET_TYPES, Target, has, innermost_base_layer
+from .adapters import TARGET_TYPES, Target
+from .modules import has, innermost_base_layer
 from .sharding import check_engine
 from .weights import DenseWeight, UnsupportedAdapterError
 

@@ -91,7 +91,12 @@ class OptimizerWrapper(Optimizer):
         # The base's own methods: `train()` and `eval()` of schedule-free optimizers, for example.
         if name.startswith("__") or "base" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.__dict__["base"], name)
+        base = self.__dict__["base"]
+        if not hasattr(base, name):
+            raise AttributeError(
+                f"neither {type(self).__name__} nor its base {type(base).__name__} has {name!r}"
+            )
+        return getattr(base, name)
 
 
 def changes_nothing(groups: list[dict[str, Any]]) -> bool:

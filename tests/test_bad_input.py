@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from flatlora_optim import FlatLoRAOptimizer, register
+from flatlora_optim import FlatLoRAOptimizer, NoiseTable, register
 from helpers import MLP, OwnLoRA, changed_weights, fingerprint, flatlora, lora_mlp, trainable
 
 
@@ -135,9 +135,9 @@ def test_a_weight_made_in_inference_mode() -> None:
         (None, ValueError, r"'cosine' schedule needs `total_steps`.*schedule='constant'"),
         (0, ValueError, "total_steps must be at least 1"),
         (-5, ValueError, "total_steps must be at least 1"),
-        (2.5, TypeError, "total_steps must be a number of optimizer steps"),
-        (True, TypeError, "total_steps must be a number of optimizer steps"),
-        ("many", TypeError, "total_steps must be a number of optimizer steps"),
+        (2.5, TypeError, "total_steps must be an int, a number of optimizer steps"),
+        (True, TypeError, "total_steps must be an int, a number of optimizer steps"),
+        ("many", TypeError, "total_steps must be an int, a number of optimizer steps"),
     ],
 )
 def test_wrong_total_steps(total_steps: Any, error: type[Exception], match: str) -> None:
@@ -147,6 +147,11 @@ def test_wrong_total_steps(total_steps: Any, error: type[Exception], match: str)
 @pytest.mark.parametrize("seed", [None, 1.5, "a", True])
 def test_a_seed_that_is_no_integer(seed: Any) -> None:
     refuses(TypeError, "seed must be an int", seed=seed)
+
+
+@pytest.mark.parametrize("noise", [object(), NoiseTable, None])
+def test_noise_that_is_no_source(noise: Any) -> None:
+    refuses(TypeError, "noise must be one of 'gaussian', 'table', or an object with", noise=noise)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +175,9 @@ def test_registrations_that_name_nothing_useful() -> None:
         register(layer, lora_A="no_such", lora_B="lora_B")
     with pytest.raises(TypeError, match="'scaling' of OwnLoRA is not a tensor"):
         register(layer, lora_A="scaling", lora_B="lora_B")
-    with pytest.raises(TypeError, match="scaling must be a number"):
-        register(layer, lora_A="lora_A", lora_B="lora_B", scaling="forward")
+    for scaling in ("forward", "lora_A"):
+        with pytest.raises(TypeError, match="scaling must be a single number"):
+            register(layer, lora_A="lora_A", lora_B="lora_B", scaling=scaling)
     register(layer, lora_A="lora_A", lora_B="lora_B", transposed=True)
     base = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.1)
     refuses(ValueError, r"B @ A has shapes \(4, 2\) @ \(2, 5\).*check lora_A", model=layer, base=base)

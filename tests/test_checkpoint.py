@@ -185,6 +185,18 @@ def test_a_table_of_another_size_is_other_noise() -> None:
         with_table(1 << 13)[1].load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.parametrize("searches", [(None, "strong_wolfe"), ("strong_wolfe", None)])
+def test_an_option_that_is_a_name_or_none_is_loaded(searches: tuple[str | None, str | None]) -> None:
+    def with_search(search: str | None) -> FlatLoRAOptimizer:
+        model = lora_mlp()
+        base = torch.optim.LBFGS(trainable(model), line_search_fn=search)
+        return FlatLoRAOptimizer(base, model, sigma=0.1, schedule="constant")
+
+    saved, other = map(with_search, searches)
+    other.load_state_dict(saved.state_dict())
+    assert other.param_groups[0]["line_search_fn"] == searches[0]
+
+
 def test_our_checkpoint_loads_into_the_base_alone() -> None:
     model = lora_mlp()
     optimizer = build(model)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatlora_optim import FlatLoRAOptimizer, find_targets, landscape
+from flatlora_optim import FlatLoRAOptimizer, NoiseTable, find_targets, landscape
 from flatlora_optim.surroundings import measuring
 from helpers import (
     NORM_ERROR,
@@ -448,6 +448,15 @@ def test_errors_name_what_is_wrong() -> None:
             landscape.hessian_trace(model, mlp_loss, step=step, **silent)
     with pytest.raises(ValueError, match="method"):
         landscape.hessian_trace(model, mlp_loss, method="magic", **silent)
+    for tolerance in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="tolerance"):
+            landscape.top_eigenvalue(model, mlp_loss, tolerance=tolerance, **silent)
+    with pytest.raises(TypeError, match="noise must be one of"):
+        landscape.expected_loss(model, mlp_loss, sigma=0.1, noise=NoiseTable, **silent)
+    measures = landscape.slice_1d, landscape.slice_2d, landscape.hessian_trace, landscape.top_eigenvalue
+    for measure in (*measures, partial(landscape.expected_loss, sigma=0.1)):
+        with pytest.raises(TypeError, match="seed must be an int"):
+            measure(model, mlp_loss, seed=1.5, **silent)
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge"):
         landscape.slice_1d(model, mlp_loss, **silent)

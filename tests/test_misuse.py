@@ -166,6 +166,32 @@ def test_a_step_without_noise_warns_whichever_group_is_meant_to_have_it(model: n
         optimizer.step()
 
 
+def test_a_step_of_a_closed_optimizer_tells_that_it_is_closed(
+    model: nn.Module, optimizer: FlatLoRAOptimizer
+) -> None:
+    flatlora(model)
+    loss_of(model, BATCH).backward()
+    with pytest.warns(UserWarning, match=r"closed, by close\(\) or by a newer one"):
+        optimizer.step()
+
+
+def test_adapters_that_are_switched_on_in_the_middle_of_a_step_are_told() -> None:
+    model = lora_mlp()
+    layers = [model.base_model.model.fc1, model.base_model.model.fc2]
+    optimizer = flatlora(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layers[1].enable_adapters(False)
+        loss_of(model, BATCH).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_of(model, BATCH).backward()
+    layers[1].enable_adapters(True)
+    loss_of(model, BATCH).backward()
+    with pytest.warns(UserWarning, match=r"^base_model.model.fc2: .* active after the first forward"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("options", [{"sigma": 0.0}, {"schedule": "cosine", "total_steps": 5}])
 def test_a_step_that_has_no_noise_by_schedule_does_not_warn(
     model: nn.Module, options: dict[str, Any]

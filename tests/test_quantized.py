@@ -530,11 +530,13 @@ def ternary() -> nn.Module:
 
 def peft_or_own_lora(layer: nn.Module) -> nn.Module:
     """PEFT knows torchao and HQQ; around any other quantizer stands a layer of the same shape."""
-    if isinstance(layer, Ternary):
-        net = Net(OwnAround(layer))
-        randomize_adapters(net)
-        return net
-    return adapted(layer)
+    return adapted_by_hand(layer) if isinstance(layer, Ternary) else adapted(layer)
+
+
+def adapted_by_hand(layer: nn.Module) -> nn.Module:
+    net = Net(OwnAround(layer))
+    randomize_adapters(net)
+    return net
 
 
 class OwnAround(nn.Module):
@@ -570,6 +572,25 @@ def test_any_quantizer_with_a_forward(make: Callable[[], nn.Module]) -> None:
     torch.testing.assert_close(gradient, g @ noisy, rtol=NORM_ERROR, atol=2 * NORM_ERROR)
     with torch.no_grad():
         torch.testing.assert_close((layer(torch.eye(128)) - bias).T, weight, rtol=0, atol=0)
+
+
+def test_a_quantizer_whose_dtype_computes_nothing_is_read_in_another() -> None:
+    class Float8(nn.Module):
+        def __init__(self, source: nn.Linear) -> None:
+            super().__init__()
+            self.in_features, self.out_features = source.in_features, source.out_features
+            weight = source.weight.to(torch.float8_e4m3fn)
+            self.weight, self.bias = nn.Parameter(weight, requires_grad=False), source.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+    layer = Float8(dense(128, 96))
+    optimizer = flatlora(adapted_by_hand(layer), sigma=0.3)
+    with optimizer.perturbed():
+        assert optimizer.metrics()["noise_norm"] == pytest.approx(
+            0.3 * float(layer.weight.float().norm()), rel=0.2
+        )
 
 
 def test_a_quantizer_that_writes_to_its_input_does_not_write_to_the_adapter() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,6 +49,38 @@ def test_the_three_styles_agree_and_depend_on_the_seed_alone() -> None:
     assert runs[0] == runs[1] == runs[2] == losses_of(train_automatic)
     assert losses_of(train_automatic, seed=2) != runs[2]
     assert losses_of(train_automatic, sigma=0.0) != runs[2]
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_block_in_a_block_leaves_the_noise_to_the_outer_one(
+    failing: bool, model: nn.Module, before: dict[str, Tensor]
+) -> None:
+    optimizer = flatlora(model, auto=False)
+    with optimizer.perturbed():
+        noisy = fingerprint(model)
+        with suppress(ZeroDivisionError), optimizer.perturbed():
+            assert not changed_weights(model, noisy)
+            _ = 1 / (0 if failing else 1)
+        assert not changed_weights(model, noisy)
+        with optimizer.clean(), pytest.raises(RuntimeError, match=r"inside clean\(\)"), optimizer.perturbed():
+            pass
+    assert not changed_weights(model, before)
+
+
+def test_a_functional_call_with_detached_weights_is_like_any_other(
+    model: nn.Module, before: dict[str, Tensor], optimizer: FlatLoRAOptimizer
+) -> None:
+    loss_of(model, BATCH).backward()
+    expected = gradients(model)
+    optimizer.restore()
+    optimizer.zero_grad()
+    parameters = {n: p if p.requires_grad else p.detach() for n, p in model.named_parameters()}
+    x, y = BATCH
+    F.cross_entropy(torch.func.functional_call(model, parameters, (x,)), y).backward()
+    assert_equal_tensors(gradients(model), expected)
+    assert changed_weights(model, before) == MLP_WEIGHTS
+    optimizer.step()
+    assert not changed_weights(model, before)
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from flatlora_optim import FlatLoRAOptimizer, find_targets, register
 from helpers import (
@@ -370,6 +372,75 @@ def test_weights_that_are_untied_after_the_optimizer_was_built_are_refused() -> 
     lm.lm_head.base_layer.weight = nn.Parameter(lm.embed.base_layer.weight.clone(), requires_grad=False)
     with pytest.raises(RuntimeError, match=r"embed and .*lm_head shared a weight .* build a new"):
         optimizer.perturb()
+
+
+def pruned() -> nn.Module:
+    linear = nn.Linear(6, 6)
+    prune.random_unstructured(linear, "weight", 0.5)
+    return linear.requires_grad_(False)
+
+
+def normalized() -> nn.Module:
+    return torch.nn.utils.weight_norm(nn.Linear(6, 6)).requires_grad_(False)
+
+
+@pytest.mark.parametrize("make", [pruned, normalized])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_weight_that_is_made_before_each_forward_is_perturbed_in_the_forward(
+    make: Callable[[], nn.Module],
+) -> None:
+    model = with_lora(nn.Sequential(make()), ["0"])
+    x = torch.ones(2, 6)
+    clean = model(x)
+    optimizer = flatlora(model)
+    noisy = model(x)
+    assert not torch.equal(noisy, clean)
+    noisy.sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="can't be written in place"):
+        flatlora(model, mode="in_place")
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.Embedding(6, 6, max_norm=1.0), "renormalizes the weight itself"),
+        (nn.Linear(6, 6, dtype=torch.complex64), "complex"),
+    ],
+)
+def test_layers_that_no_noise_can_be_put_on_are_skipped(layer: nn.Module, reason: str) -> None:
+    optimizer = flatlora(with_lora(nn.Sequential(layer, nn.Linear(6, 6)), ["0", "1"]))
+    assert reason in skipped_by(optimizer)["0"]
+    assert [target.name for target in optimizer.targets] == ["base_model.model.1"]
+
+
+def test_a_weight_whose_elements_share_memory_is_skipped() -> None:
+    expanded = OwnLoRA(torch.randn(4, 6))
+    expanded.weight.data = torch.randn(1, 6).expand(4, 6)
+    optimizer = flatlora(nn.Sequential(expanded, OwnLoRA(torch.randn(5, 4))))
+    assert "share memory" in optimizer.skipped["0"]
+
+
+def test_methods_named_like_flags_are_none() -> None:
+    class Merging(OwnLoRA):
+        def merged(self) -> Tensor:
+            return self.weight + self.scaling * self.lora_B @ self.lora_A
+
+        def disable_adapters(self) -> None: ...
+
+    layer = Merging(torch.randn(4, 6))
+    before = fingerprint(layer)
+    with flatlora(layer).perturbed():
+        assert changed_weights(layer, before) == {"weight"}
+
+
+def test_adapters_whose_parts_are_parametrized_are_active() -> None:
+    model = lora_mlp()
+    layer = model.base_model.model.fc1
+    for part in (layer.lora_A, layer.lora_B):
+        torch.nn.utils.parametrizations.weight_norm(part["default"])
+    assert names(model) == ["fc1", "fc2"]
+    assert "fc1" not in str(flatlora(model).skipped)
 
 
 def test_weights_that_overlap_are_refused() -> None:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -57,12 +58,20 @@ def library() -> ctypes.CDLL:
 def library_or_none() -> ctypes.CDLL | None:
     """The library, or None where it can't be had."""
     compiler = find_compiler()
-    if compiler is None or os.environ.get("FLATLORA_NATIVE") == "0":
+    if os.environ.get("FLATLORA_NATIVE") == "0":
+        return None
+    if compiler is None:
+        if os.environ.get("CC"):
+            warnings.warn(
+                f"there is no compiler CC={os.environ['CC']!r}, so noise takes several times as long. "
+                "Mend CC, or set FLATLORA_NATIVE=0 to do without",
+                stacklevel=2,
+            )
         return None
     try:
         found = load(compiler)
         if _first_numbers(found) != _KNOWN_SUM:
-            raise OSError(f"{compiler} computes other numbers than it should")
+            raise OSError(f"{' '.join(compiler)} computes other numbers than it should")
     except (OSError, subprocess.SubprocessError) as error:
         warnings.warn(
             "the native kernels could not be built, so noise takes several times as long: "
@@ -74,16 +83,18 @@ def library_or_none() -> ctypes.CDLL | None:
     return found
 
 
-def find_compiler() -> str | None:
+def find_compiler() -> list[str] | None:
+    """A C compiler, as the beginning of a command: CC may be "ccache gcc"."""
     if os.name == "nt":
         return None
-    names = [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]
-    return next(filter(None, map(shutil.which, names)), None)
+    chosen = os.environ.get("CC")
+    commands = [shlex.split(chosen)] if chosen else [["cc"], ["gcc"], ["clang"]]
+    return next((command for command in commands if shutil.which(command[0])), None)
 
 
-def load(compiler: str) -> ctypes.CDLL:
+def load(compiler: list[str]) -> ctypes.CDLL:
     capability = torch.backends.cpu.get_cpu_capability()
-    command = [compiler, *_FLAGS, *_VECTOR_FLAGS.get(capability, ())]
+    command = [*compiler, *_FLAGS, *_VECTOR_FLAGS.get(capability, ())]
     sources = [path.read_text() for path in (*_SOURCES, _HEADER)]
     digest = hashlib.sha256("\0".join((*command, platform.machine(), *sources)).encode()).hexdigest()[:16]
     kept = _cache_folder() / f"native-{digest}.so"

@@ -34,12 +34,17 @@ def choose_perturbation(target: Target, mode: str, restore: str) -> Perturbation
     Raises:
         UnsupportedAdapterError: The target can't be perturbed in this mode.
     """
+    if getattr(target.owner, "max_norm", None) is not None:
+        raise UnsupportedAdapterError("its forward renormalizes the weight itself (`max_norm`)")
     if mode == "virtual" or (mode == "auto" and target.weight.kind != "dense"):
         return VirtualPerturbation(target)
     if target.weight.kind != "dense":
         raise UnsupportedAdapterError(
             f"its weight is {target.weight.kind} and can't be written in place; use mode='auto' or 'virtual'"
         )
+    tensor = target.weight.tensor  # type: ignore[attr-defined]
+    if 0 in tensor.stride() and tensor.numel() > 0:
+        raise UnsupportedAdapterError("its elements share memory; give each its own (`clone()`)")
     return InPlace(target, restore)
 
 

@@ -25,8 +25,9 @@ _DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int, name: str = "weight") -> FrozenWeight:
     """Chooses how the frozen weight of ``owner`` is read."""
     weight = getattr(owner, name, None)
-    # A parametrized weight is computed anew at each look: what is written to it is lost.
-    if is_sharded(weight) or (_is_plain(weight) and weight is getattr(owner, name)):
+    if isinstance(weight, Tensor) and weight.is_complex():
+        raise UnsupportedAdapterError("its weight is complex")
+    if is_sharded(weight) or (_is_plain(weight) and not _is_computed(owner, name)):
         if not _is_plain(local_part(weight)):
             raise UnsupportedAdapterError("its weight is both quantized and sharded")
         return DenseWeight(owner, row_dim, name)
@@ -51,6 +52,13 @@ def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int, name: str = "w
             "in_features and out_features are known"
         )
     return OpaqueWeight(owner, (rows, columns))
+
+
+def _is_computed(owner: nn.Module, name: str) -> bool:
+    """Whether the weight is made anew at each look, or before each forward (pruning, the former
+    ``weight_norm``), so that what is written to it is lost."""
+    made_by_hook = any(f"{name}{suffix}" in owner._parameters for suffix in ("_orig", "_g"))
+    return made_by_hook or getattr(owner, name) is not getattr(owner, name)
 
 
 def _is_plain(weight: object) -> bool:

@@ -163,7 +163,7 @@ def _compute_dtype(layer: nn.Module) -> torch.dtype:
     for holder in (layer, getattr(layer, "weight", None)):
         for name in ("compute_dtype", "dtype"):
             dtype = getattr(holder, name, None)
-            if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+            if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
                 return dtype
     bias = getattr(layer, "bias", None)
     return bias.dtype if isinstance(bias, Tensor) else torch.get_default_dtype()
