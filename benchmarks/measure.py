@@ -7,6 +7,7 @@ import gc
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -136,6 +137,16 @@ def machine(device: str) -> dict[str, Any]:
     if device == "cuda":
         described["gpu"] = torch.cuda.get_device_name()
     return described
+
+
+def commit() -> str:
+    """The code that is measured; with a plus sign where it is not quite that of the commit."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
 
 
 def load_average() -> float:

@@ -32,7 +32,11 @@ paired measurements, with their quartiles in parentheses."""
 
 
 def _machine(results: Results) -> str:
-    facts = {**results["machine"], "load average before each part": results["load"]}
+    facts = {
+        **results["machine"],
+        "load average before each part": results["load"],
+        "commit that each part was measured at": results["commit"],
+    }
     return "\n".join(f"- {name}: {_fact(value)}" for name, value in facts.items())
 
 

@@ -41,6 +41,7 @@ def main() -> None:
     for name in options.only:
         print(f"{name} …", flush=True)
         results["load"][name] = measure.load_average()
+        results["commit"][name] = measure.commit()
         start = time.perf_counter()
         with torch.random.fork_rng():
             results["parts"][name] = PARTS[name](options.device, options.quick)
@@ -72,8 +73,8 @@ def _known(file: Path, machine: dict[str, Any]) -> dict[str, Any]:
     if file.exists():
         results: dict[str, Any] = json.loads(file.read_text())
         if results["machine"] == machine:
-            return results
-    return {"machine": machine, "load": {}, "parts": {}}
+            return {"commit": {}, **results}
+    return {"machine": machine, "load": {}, "commit": {}, "parts": {}}
 
 
 if __name__ == "__main__":

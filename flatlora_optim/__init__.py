@@ -1,7 +1,7 @@
 """Flat-LoRA for any base optimizer and any training loop (arXiv 2409.14396)."""
 
 from .adapters import register
-from .noise import GaussianNoise, NoiseSource
+from .noise import GaussianNoise, NoiseKey, NoiseSource
 from .optimizer import FlatLoRAOptimizer
 from .perturbation import WeightChangedError
 from .table import NoiseTable
@@ -10,6 +10,7 @@ from .targets import find_targets
 __all__ = [
     "FlatLoRAOptimizer",
     "GaussianNoise",
+    "NoiseKey",
     "NoiseSource",
     "NoiseTable",
     "WeightChangedError",

@@ -106,9 +106,10 @@ class Target:
         return any(p.grad is not None and bool(p.grad.any()) for p in self.all_parameters())
 
     def low_rank(self, left: Tensor, right: Tensor, scaling: float) -> LowRank:
-        """
+        """The product, checked.
+
         Raises:
-            UnsupportedAdapterError: The product is not of the weight's shape.
+            UnsupportedAdapterError: It is not of the weight's shape.
         """
         rows, columns = self.weight.rows, self.weight.columns
         if right.ndim != 2 or left.shape != (rows, right.shape[0]) or right.shape[1] != columns:

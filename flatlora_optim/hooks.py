@@ -46,6 +46,7 @@ class Forwards:
         self._suspended = False
 
     def begins(self, module: nn.Module) -> None:
+        """To be called before the forward of a watched module: it finds noise, or clean weights."""
         if self.running and self._thread == threading.get_ident() and not _is_under_way(self.running[0]):
             self.running.clear()  # an interrupt kept it from ending
         if module in self.running:
@@ -66,6 +67,7 @@ class Forwards:
             self._weights.suspend()
 
     def ends(self, module: nn.Module, failed: bool) -> None:
+        """To be called after it: what was suspended for it comes back, and after a failure no noise stays."""
         if module not in self.running:
             return
         del self.running[self.running.index(module) :]

@@ -94,6 +94,8 @@ class GaussianNoise:
 class Grid(NamedTuple):
     """How a weight is cut into blocks of whole rows along dim 0.
 
+    Rows are those of memory here, along dim 0: of a transposed weight, its inputs.
+
     Args:
         rows: Size of the whole (unsharded) weight along dim 0.
         row_size: Elements in one such row.

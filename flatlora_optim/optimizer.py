@@ -36,7 +36,8 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
     """Wraps an optimizer so that LoRA looks for minima that are flat in the full weight space.
 
     At each optimizer step the frozen weights carry Gaussian noise during forward and backward,
-    ``eps[i, j] ~ N(0, sigma_t^2 * ||W'[i, :]||^2 / n)`` (Flat-LoRA, equations 7 and 8), and are
+    ``eps[i, j] ~ N(0, sigma_t^2 * ||W'[i, :]||^2 / n)`` (Flat-LoRA, equations 7 and 8), where
+    ``W' = W + s * B @ A`` is the merged weight and n the number of its inputs. They are
     bit-identical to before when the base optimizer updates A and B (but with ``restore="subtract"``).
 
     It *is* an :class:`torch.optim.Optimizer` that shares ``param_groups``, ``state`` and
@@ -151,7 +152,8 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
 
     @property
     def is_perturbed(self) -> bool:
-        """Whether the frozen weights carry noise right now."""
+        """Whether the frozen weights carry noise right now: never in a step of strength 0, as the first one
+        of ``"cosine"`` and ``"linear"``."""
         return self._weights.is_perturbed and not self._weights.is_suspended
 
     def perturb(self) -> None:
@@ -245,6 +247,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
 
     def _draw(self) -> list[Noise | None]:
         """This step's noise: None for a target with sigma 0 or without an active adapter."""
+        # Anew while there is none: sigma or an adapter may have been switched on since the last forward.
         if self._noises is None or not any(self._noises):
             factor = self._factor
             sigmas = self._sigmas(self.targets)
@@ -325,8 +328,8 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         return self._weights.targets
 
     def metrics(self) -> dict[str, float]:
-        """For loggers: the current step's ``sigma`` and expected ``noise_norm`` (over all weights;
-        0 before the step's first perturbation), and the ``seconds`` spent on noise so far."""
+        """For loggers: the current step's ``sigma`` and ``noise_norm`` (expected Frobenius norm, over all
+        weights; 0 before the step's first perturbation), and the ``seconds`` spent on noise so far."""
         squared = sum(
             float(noise.scales.double().square().sum()) * target.weight.columns
             for noise, target in zip(self._noises or [], self.targets, strict=False)

@@ -34,26 +34,26 @@ class RowNorms:
     def __init__(self, target: Target) -> None:
         self.target = target
         self._base: Tensor | None = None
-        self._of: tuple[Any, ...] | None = None
+        self._fingerprint: tuple[Any, ...] | None = None
 
     def base_squared(self) -> Tensor:
         """``||W[i]||^2``, shape ``(m,)``; of a sharded weight, what the local part adds to it."""
         fingerprint = self.target.weight.fingerprint()
-        if self._base is None or self._of != fingerprint:
+        if self._base is None or self._fingerprint != fingerprint:
             with torch.no_grad():
                 self._base = self.target.weight.row_norms_squared()
-            self._of = fingerprint
+            self._fingerprint = fingerprint
         return self._base
 
     def forget_if_changed(self) -> None:
         """To be called before the weight is written: afterwards it can't be told any more."""
-        if self._of != self.target.weight.fingerprint():
-            self._of = None
+        if self._fingerprint != self.target.weight.fingerprint():
+            self._fingerprint = None
 
     def rewritten(self) -> None:
         """The weight was written, but with the bits it had: what is known of it stays true."""
-        if self._of is not None:
-            self._of = self.target.weight.fingerprint()
+        if self._fingerprint is not None:
+            self._fingerprint = self.target.weight.fingerprint()
 
     def squared_with(self, delta: Tensor) -> Tensor:
         """``||W'[i]||^2``, where W' is by so much more than W. Of the stored shape."""

@@ -41,6 +41,7 @@ class ScheduledOptimizer(OptimizerWrapper):
 
     @property
     def seed(self) -> int:
+        """Of the noise."""
         return int(self._filled_groups()[0][SEED])
 
     @property
@@ -57,7 +58,11 @@ class ScheduledOptimizer(OptimizerWrapper):
 
     @property
     def sigma(self) -> float:
-        """sigma_t of the current step, for the first param group."""
+        """sigma_t of the current step, for the first param group, whose ``"sigma"`` is the peak.
+
+        Raises:
+            RuntimeError: ``total_steps`` is still to be set.
+        """
         return float(self._filled_groups()[0][SIGMA]) * self._factor
 
     @property

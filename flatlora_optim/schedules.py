@@ -22,7 +22,7 @@ def _linear(progress: float) -> float:
 
 
 _OF_PROGRESS: dict[str, Callable[[float], float]] = {"cosine": _cosine, "linear": _linear}
-NAMES = ("cosine", "linear", "constant")
+NAMES = (*_OF_PROGRESS, "constant")
 
 
 def needs_total_steps(schedule: str | Schedule) -> bool:
@@ -41,6 +41,7 @@ def factor(schedule: str | Schedule, step: int, total_steps: int | None) -> floa
 
     Raises:
         ValueError: A callable returned a value that is negative or not finite.
+        RuntimeError: ``total_steps`` is needed and None.
     """
     if not isinstance(schedule, str):
         value = float(schedule(step))
@@ -55,6 +56,7 @@ def factor(schedule: str | Schedule, step: int, total_steps: int | None) -> floa
     if total_steps is None:
         raise RuntimeError(
             f"the {schedule!r} schedule needs the length of the run: set `optimizer.total_steps` "
-            "to the number of optimizer steps before the first forward"
+            "to the number of optimizer steps before the first forward (FlatLoRACallback does so in the "
+            "transformers Trainer)"
         )
     return _OF_PROGRESS[schedule](min(step, total_steps) / total_steps)

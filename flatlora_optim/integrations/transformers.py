@@ -18,7 +18,8 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
         )
 
     The console and ``trainer.state.log_history`` get the values then. Trainer calls the reporters
-    of ``report_to`` (W&B, TensorBoard) before the callbacks it is given; for them, put this one first::
+    of ``report_to`` (W&B, TensorBoard) before the callbacks it is given; for them, put this one first
+    instead of passing it::
 
         trainer.callback_handler.callbacks.insert(0, FlatLoRACallback(optimizer))
     """

@@ -1,8 +1,8 @@
 """Making, adding and taking away noise, and the norms that it needs, in three ways that do the same.
 
 :mod:`.triton_kernels` for CUDA, :mod:`.native` for CPUs with a C compiler, :mod:`.plain` torch
-operations for everything else. Each makes standard-normal numbers of its own; with the same
-numbers, all of them compute the same bits.
+operations for everything else. Each makes standard-normal numbers of its own; with the same numbers
+and scales, all of them add and take away the same bits.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Kernels(Protocol):
     def norm_increases(self, products: Sequence[Product]) -> list[Tensor]:
         """``||(matrix + left @ right)[i]||^2 - ||matrix[i]||^2`` of each, shape ``(m,)``, float32.
 
-        Each takes one pass over the matrix, which may have any strides and floating dtype.
+        Each takes one pass over the matrix, which may have any strides and floating dtype. Native code
+        rounds ``left`` and ``right`` to bfloat16 for it.
         """
         ...
 

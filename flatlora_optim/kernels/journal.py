@@ -28,7 +28,8 @@ class Journal:
 
     @classmethod
     def of(cls, original: Tensor, restored: Tensor) -> Journal:
-        """
+        """The journal of a perturbation.
+
         Args:
             original: The bit patterns before the perturbation. Contiguous.
             restored: Those that the subtraction alone would bring back. Overwritten.

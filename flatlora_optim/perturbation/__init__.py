@@ -30,9 +30,10 @@ __all__ = [
 
 
 def choose_perturbation(target: Target, mode: str, restore: str) -> Perturbation:
-    """
+    """How the target is perturbed.
+
     Raises:
-        UnsupportedAdapterError: The target can't be perturbed in this mode.
+        UnsupportedAdapterError: It can't be, in this mode.
     """
     if getattr(target.owner, "max_norm", None) is not None:
         raise UnsupportedAdapterError("its forward renormalizes the weight itself (`max_norm`)")

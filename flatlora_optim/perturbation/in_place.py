@@ -1,6 +1,6 @@
 """Writing the noise into the weight: W += eps, later W -= eps, to the bit.
 
-All arithmetic is float32 from the same stream, rounded once to the weight's dtype. ``exact``
+All arithmetic is in float32 or wider, from the same stream, rounded once to the weight's dtype. ``exact``
 journals the few elements that the subtraction would miss, ``snapshot`` keeps a copy of the
 weight, ``subtract`` (the paper's way) lets them drift.
 """
@@ -35,7 +35,8 @@ class WeightChangedError(RuntimeError):
 
 
 class InPlace(Perturbation):
-    """
+    """Noise in a dense weight itself.
+
     Args:
         target: Whose frozen weight is dense.
         restore: A key of ``RESTORE_MODES``.
@@ -148,7 +149,8 @@ def clean_copy(tensor: Tensor) -> Tensor | None:
     """
     carrier = _carriers.get(place_of(tensor))
     if carrier is None:  # it may have been moved meanwhile, by `to()`
-        carrier = next((each for each in _carriers.values() if each.written() is tensor), None)
+        others = (reference() for reference in _carriers.valuerefs())
+        carrier = next((each for each in others if each is not None and each.written() is tensor), None)
     if carrier is None or (written := carrier.written()) is None or written.shape != tensor.shape:
         return None
     if carrier.changed():

@@ -43,11 +43,6 @@ class FrozenWeight:
         raise NotImplementedError
 
     @property
-    def is_whole(self) -> bool:
-        """Whether this process holds all of it."""
-        return True
-
-    @property
     def rows(self) -> int:
         return self.shape[self.row_dim]
 

@@ -41,6 +41,7 @@ class DenseWeight(FrozenWeight):
 
     @property
     def is_whole(self) -> bool:
+        """Whether this process holds all of it."""
         return not is_sharded(self.tensor)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
