@@ -284,6 +284,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         return loss
 
     def _call_perturbed(self, closure: Closure) -> Any:
+        self._forwards.explicit = False  # the noise of a `perturb()` before ends with this step
         with torch.enable_grad(), self.perturbed():
             return closure()
 

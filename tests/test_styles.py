@@ -67,6 +67,26 @@ def test_a_block_in_a_block_leaves_the_noise_to_the_outer_one(
     assert not changed_weights(model, before)
 
 
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.LBFGS])
+def test_a_step_with_a_closure_ends_the_noise_of_a_perturb_before(
+    base: type[torch.optim.Optimizer], model: nn.Module, before: dict[str, Tensor]
+) -> None:
+    optimizer = flatlora(model, base=base, auto=False)
+    optimizer.base.register_step_post_hook(lambda *_: seen.append(changed_weights(model, before)))
+    seen: list[set[str]] = []
+
+    def closure() -> Tensor:
+        assert changed_weights(model, before) == MLP_WEIGHTS
+        optimizer.zero_grad()
+        loss = loss_of(model, BATCH)
+        loss.backward()
+        return loss
+
+    optimizer.perturb()
+    optimizer.step(closure)
+    assert seen == [set()]
+
+
 def test_a_functional_call_with_detached_weights_is_like_any_other(
     model: nn.Module, before: dict[str, Tensor], optimizer: FlatLoRAOptimizer
 ) -> None:

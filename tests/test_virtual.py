@@ -284,9 +284,8 @@ class Doubling(nn.Linear):
         return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize("layer", [Doubling(6, 6), nn.Embedding(6, 6, max_norm=1.0)])
-def test_a_layer_whose_forward_is_unknown_is_refused(layer: nn.Module) -> None:
+def test_a_layer_whose_forward_is_unknown_is_refused() -> None:
     model = Twice()
-    model.layer = layer
+    model.layer = Doubling(6, 6)
     with pytest.raises(ValueError, match="virtual mode does not know the forward"):
         flatlora(with_lora(model, ["layer"]), mode="virtual")

@@ -64,6 +64,7 @@ def test_saved_on_two_loaded_on_one(tmp_path: Path, flatten: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "torch.distributed is .*unavailable or uninitialized")
+        warnings.filterwarnings("ignore", "as in the checkpoint, from now on sigma")
         weights, state = get_state_dict(model, optimizer, options=options)
         checkpoint = {"model": weights, "optimizer": state}
         dcp.load(checkpoint, checkpoint_id=tmp_path)
