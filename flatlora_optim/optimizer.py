@@ -152,8 +152,8 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
 
     @property
     def is_perturbed(self) -> bool:
-        """Whether the frozen weights carry noise right now: never in a step of strength 0, as the first one
-        of ``"cosine"`` and ``"linear"``."""
+        """Whether the frozen weights carry noise right now. They never do in a step of strength 0, as the
+        first one of ``"cosine"`` and ``"linear"``."""
         return self._weights.is_perturbed and not self._weights.is_suspended
 
     def perturb(self) -> None:
