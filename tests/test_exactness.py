@@ -21,6 +21,7 @@ from flatlora_optim import FlatLoRAOptimizer
 from flatlora_optim.kernels import journal as journals
 from flatlora_optim.kernels import native
 from flatlora_optim.kernels.journal import Journal, narrowed
+from flatlora_optim.kernels.plain import rounded_sum
 from helpers import (
     OwnLoRA,
     fingerprint,
@@ -167,6 +168,18 @@ def test_noise_does_not_overflow_float16() -> None:
     assert not torch.equal(layer.weight, weight)
     optimizer.restore()
     assert torch.equal(layer.weight, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sum_is_rounded_once_from_float32_or_wider(dtype: torch.dtype) -> None:
+    """The journal would make up for any other sum, but the noise would not be the one that was meant."""
+    weight = (torch.randn(3, 50, dtype=torch.float64) * 1e4).to(dtype)
+    if dtype != torch.float16:
+        weight *= 1e6  # beyond the range of float16
+    eps = torch.randn(3, 50) * weight.float().abs() * 0.1
+    exact = weight.double() + eps.double()
+    expected = exact if dtype == torch.float64 else exact.float().to(dtype)
+    assert torch.equal(rounded_sum(weight, eps), expected)
 
 
 def typical_layer(dtype: torch.dtype) -> OwnLoRA:

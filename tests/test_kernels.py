@@ -92,6 +92,12 @@ def test_where_triton_cannot_compile_the_kernels_they_are_left_alone(
     assert has_triton.__wrapped__(torch.device("cuda")) is usable
 
 
+@compiled
+def test_triton_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert has_triton.__wrapped__(torch.device("cuda")) is False
+
+
 def standard_normal(seed: int, counters: Tensor) -> Tensor:
     """Box-Muller on the 31 upper bits of two words, as Triton's ``randn`` does it."""
 

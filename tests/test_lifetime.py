@@ -20,9 +20,11 @@ from flatlora_optim import FlatLoRAOptimizer, GaussianNoise, noisy_weights
 from flatlora_optim.noise import NoiseKey
 from helpers import (
     MLP_WEIGHTS,
+    OwnLoRA,
     changed_weights,
     fingerprint,
     flatlora,
+    int_view,
     lora_mlp,
     loss_of,
     mlp_batch,
@@ -186,6 +188,31 @@ def test_garbage_collection_restores_what_is_left(model: nn.Module, before: dict
     assert not changed_weights(model, {name: before[name]})
 
 
+class FailsOnce(GaussianNoise):
+    error: type[BaseException] | None = None
+
+    def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return super().block(key, number, out)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_garbage_collection_restores_whatever_comes_in_between(
+    error: type[BaseException], model: nn.Module, before: dict[str, Tensor]
+) -> None:
+    noise = FailsOnce()
+    optimizer = flatlora(model, noise=noise)
+    loss_of(model, BATCH)
+    noise.error = error
+    del optimizer
+    gc.collect()
+    assert noise.error is None
+    assert not changed_weights(model, before)
+
+
 def test_garbage_collection_writes_nothing_over_new_weights(model: nn.Module) -> None:
     optimizer = flatlora(model)
     loss_of(model, BATCH)
@@ -262,6 +289,61 @@ def test_a_restore_that_failed_can_be_repeated(blocks: int) -> None:
     optimizer.step()
     assert not changed_weights(model, clean)
     assert optimizer.step_count == 1
+
+
+def test_a_restore_that_failed_in_the_middle_of_a_weight_can_be_repeated() -> None:
+    layer, noise = OwnLoRA(torch.randn(3, 1 << 17)), SometimesOutOfMemory()  # two blocks
+    clean = fingerprint(layer)
+    optimizer = flatlora(layer, noise=noise)
+    optimizer.perturb()
+    noise.left = 1
+    with pytest.raises(MemoryError):  # what it has written itself is not taken for somebody else's
+        optimizer.restore()
+    noise.left = math.inf
+    assert torch.equal(int_view(layer.state_dict()["weight"]), clean["weight"])
+    optimizer.restore()
+    assert not changed_weights(layer, clean)
+
+
+class NoMemoryForTheFirstBlock(GaussianNoise):
+    is_full = False
+
+    def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
+        if self.is_full and number == 0:
+            raise MemoryError
+        return super().block(key, number, out)
+
+
+def test_a_weight_that_can_not_be_restored_does_not_keep_the_others(
+    model: nn.Module, before: dict[str, Tensor]
+) -> None:
+    noise = NoMemoryForTheFirstBlock()
+    optimizer = flatlora(model, noise=noise)
+    optimizer.perturb()
+    noise.is_full = True
+    with pytest.raises(MemoryError):
+        optimizer.restore()
+    assert changed_weights(model, before) == {"base_model.model.fc1.base_layer.weight"}
+    noise.is_full = False
+    optimizer.restore()
+    assert not changed_weights(model, before)
+
+
+def test_a_clean_block_that_can_not_begin_leaves_the_step_as_it_was(
+    model: nn.Module, before: dict[str, Tensor]
+) -> None:
+    noise = SometimesOutOfMemory()
+    optimizer = flatlora(model, noise=noise)
+    optimizer.perturb()
+    noisy = fingerprint(model)
+    noise.left = 0
+    with pytest.raises(MemoryError), optimizer.clean():
+        pass
+    assert optimizer.is_perturbed
+    assert not changed_weights(model, noisy)
+    noise.left = math.inf
+    optimizer.step()
+    assert not changed_weights(model, before)
 
 
 def test_a_perturb_that_failed_is_taken_back() -> None:

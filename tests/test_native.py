@@ -519,6 +519,12 @@ def run_python(code: str, environment: dict[str, str]) -> str:
 
 
 @needs_compiler
+def test_only_what_is_on_the_cpu_is_for_native_code() -> None:
+    assert kernels_of(torch.device("cpu")) is native
+    assert kernels_of(torch.device("meta")) is plain
+
+
+@needs_compiler
 @pytest.mark.parametrize("restore", ["exact", "snapshot", "subtract"])
 def test_both_train_alike(restore: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same numbers, a run without a compiler ends with the same bits."""

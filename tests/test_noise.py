@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from flatlora_optim import FlatLoRAOptimizer, find_targets
+from flatlora_optim.kernels import plain
 from flatlora_optim.kernels.part import Keep, Part
 from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey, _mix32, _mix64
 from flatlora_optim.scales import RowNorms, merged_norms, row_scales
@@ -38,6 +39,7 @@ from helpers import (
     lora_mlp,
     randomize_adapters,
     trainable,
+    untouched_rng,
     with_lora,
 )
 
@@ -373,6 +375,21 @@ def test_blocks_hold_as_many_whole_rows_as_fit(rows: int, row_size: int, device:
     assert Grid(rows, row_size, device).blocks == blocks
 
 
+def test_a_source_is_asked_for_whole_blocks_and_no_more() -> None:
+    """Numbers of other shapes may be other numbers, and a part of them the wrong one."""
+    asked = []
+
+    class Noted(GaussianNoise):
+        def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
+            asked.append((number, out.shape[0]))
+            return super().block(key, number, out)
+
+    for rows in (slice(0, 5), slice(3, 5)):  # all of them, and a shard
+        grid = Grid(5, 1 << 17, "cpu", first_block=3, first_row=rows.start)
+        Noise(Noted(), NoiseKey(0, 0), grid, torch.ones(5)).add_to(torch.zeros(5, 1 << 17)[rows])
+    assert sorted(asked) == [(3, 2), (4, 2), (4, 2), (5, 1), (5, 1)]
+
+
 def test_the_share_of_the_noise_that_rounding_takes_away() -> None:
     weight = torch.ones(8, 2, 3, dtype=torch.bfloat16)
     scales = torch.tensor([100.0, 100, 1e-6, 1e-6, 1e-6, 1e-6, 0, 0])
@@ -417,6 +434,13 @@ def test_the_number_of_threads_does_not_matter() -> None:
     one = run(1)
     assert torch.equal(run(2), one)
     assert torch.equal(run(3), one)
+
+
+def test_torch_operations_take_the_numbers_from_a_generator_of_their_own() -> None:
+    """As in earlier releases, so that a resumed run goes on with the noise it would have had."""
+    with untouched_rng():
+        z = plain.fill(torch.empty(1000), 12345)
+    assert torch.equal(z, torch.empty(1000).normal_(generator=torch.Generator().manual_seed(12345)))
 
 
 KEYS = st.builds(NoiseKey, st.integers(-(2**80), 2**80), st.integers(0, 2**40), st.integers(0, 2**16))

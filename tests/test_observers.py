@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flatlora_optim import FlatLoRAOptimizer
 from helpers import (
     MLP_WEIGHTS,
+    OwnLoRA,
     assert_equal_tensors,
     changed_weights,
     clean_output,
@@ -136,6 +137,16 @@ def test_saving_whole_models_sees_clean_weights(make: Callable[[], nn.Module], r
         noisy = {n for n, p in model.named_parameters() if not torch.equal(p, expected[n])}
         assert len(noisy) == len(optimizer.targets)
     assert_equal_tensors(dict(model.state_dict()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # for C, and for torch operations
+@pytest.mark.parametrize("restore", ["exact", "snapshot"])
+def test_saving_a_weight_of_several_parts_sees_it_clean(restore: str, dtype: torch.dtype) -> None:
+    layer = OwnLoRA(torch.randn(9, 1 << 17, dtype=dtype))
+    clean = layer.weight.clone()
+    with flatlora(layer, restore=restore).perturbed():
+        assert not torch.equal(layer.weight, clean)
+        assert torch.equal(layer.state_dict()["weight"], clean)
 
 
 def test_explicit_noise_reaches_a_model_in_eval_mode(

@@ -139,8 +139,28 @@ def test_4bit_compute_dtype_of_its_own() -> None:
     """The layer computes in ``compute_dtype`` and answers in the dtype of its input."""
     layer = linear4bit(compute_dtype=torch.float32)
     check_noise(adapted(layer), dequantized(layer), layer.bias, torch.float16)
-    layer = linear4bit(compute_dtype=None)
-    check_noise(adapted(layer), dequantized(layer), layer.bias, torch.bfloat16)
+    with flatlora(adapted(layer)).perturbed():
+        x = torch.randn(5, INPUTS).bfloat16()
+        assert torch.equal(layer(x), layer(x.float()).bfloat16())
+    for dtype in (torch.bfloat16, torch.float16):
+        layer = linear4bit(compute_dtype=None)
+        check_noise(adapted(layer), dequantized(layer), layer.bias, dtype)
+
+
+def test_4bit_takes_its_compute_dtype_from_the_first_input_as_it_does_without_noise() -> None:
+    noisy, alone = linear4bit(compute_dtype=None), linear4bit(compute_dtype=None)
+    with flatlora(adapted(noisy)).perturbed():
+        for dtype in (torch.bfloat16, torch.float32):
+            for layer in (noisy, alone):
+                layer(torch.randn(3, INPUTS).to(dtype))
+            assert noisy.compute_dtype == alone.compute_dtype
+            assert noisy.compute_type_is_set == alone.compute_type_is_set
+
+
+@pytest.mark.parametrize("make", [linear4bit, linear8bit])
+def test_without_a_bias(make: Callable[..., Any]) -> None:
+    layer = make(dense(bias=False))
+    check_noise(adapted(layer), dequantized(layer), None, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -563,8 +583,8 @@ def test_any_quantizer_with_a_forward(make: Callable[[], nn.Module]) -> None:
     optimizer = flatlora(model, sigma=0.3)
     assert "1 opaque weights: virtual" in repr(optimizer)
     noisy, _ = noisy_twin(weight, None, 0.3)
-    x = torch.randn(5, 128, requires_grad=True)
-    g = torch.randn(5, 96)
+    x = torch.randn(2, 5, 128, requires_grad=True)
+    g = torch.randn(2, 5, 96)
     with optimizer.perturbed():
         output = lora.base_layer(x)
         (gradient,) = torch.autograd.grad(output, x, g)
@@ -591,6 +611,31 @@ def test_a_quantizer_whose_dtype_computes_nothing_is_read_in_another() -> None:
         assert optimizer.metrics()["noise_norm"] == pytest.approx(
             0.3 * float(layer.weight.float().norm()), rel=0.2
         )
+
+
+def test_a_quantizer_that_answers_in_another_dtype() -> None:
+    class InHalf(Ternary):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float()).bfloat16()
+
+    layer = InHalf(dense(1024, 600))  # three blocks of noise
+    model = peft_or_own_lora(layer)
+    bias = layer.bias.detach()
+    weight = layer(torch.eye(1024)).T - bias[:, None]
+    noisy, _ = noisy_twin(weight, None, 0.3)
+    x, g = torch.randn(5, 1024, requires_grad=True), torch.randn(5, 600).bfloat16()
+    with flatlora(model, sigma=0.3).perturbed():
+        output = model.layer.base_layer(x)
+        (gradient,) = torch.autograd.grad(output, x, g)
+        with torch.autocast("cpu", torch.float16):
+            assert torch.equal(model.layer.base_layer(x), output)
+    assert output.dtype == torch.bfloat16
+    for actual, expected in (
+        (output.detach().float(), nn.functional.linear(x.detach(), noisy, bias)),
+        (gradient, g.float() @ noisy),
+    ):
+        assert (actual - expected).abs().max() < ROUNDING[torch.bfloat16] * expected.abs().max()
 
 
 def test_a_quantizer_that_writes_to_its_input_does_not_write_to_the_adapter() -> None:

@@ -18,6 +18,7 @@ from torch.nn.utils import prune
 from flatlora_optim import FlatLoRAOptimizer, find_targets, register
 from helpers import (
     MLP,
+    MLP_WEIGHTS,
     OwnLoRA,
     TinyLM,
     changed_weights,
@@ -441,6 +442,26 @@ def test_adapters_whose_parts_are_parametrized_are_active() -> None:
         torch.nn.utils.parametrizations.weight_norm(part["default"])
     assert names(model) == ["fc1", "fc2"]
     assert "fc1" not in str(flatlora(model).skipped)
+
+
+@pytest.mark.parametrize("side", ["embed", "lm_head"])
+def test_a_tied_weight_keeps_its_noise_while_one_of_its_adapters_is_left(side: str) -> None:
+    model = lora_lm(tied=True, targets=("embed", "lm_head"))
+    optimizer = flatlora(model)
+    inner = model.base_model.model
+    setattr(inner, side, getattr(inner, side).base_layer)
+    before = fingerprint(model)
+    with optimizer.perturbed():
+        assert changed_weights(model, before)
+
+
+def test_a_layer_that_was_set_to_none_is_no_obstacle() -> None:
+    model = lora_mlp()
+    model.base_model.model.head = nn.Linear(2, 2)
+    model.base_model.model.head = None  # which torch keeps among the children
+    before = fingerprint(model)
+    with flatlora(model).perturbed():
+        assert changed_weights(model, before) == MLP_WEIGHTS
 
 
 def test_weights_that_overlap_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flatlora_optim import register
+from flatlora_optim import FlatLoRAOptimizer, register
 from helpers import (
     OwnLoRA,
     assert_equal_tensors,
@@ -25,6 +26,7 @@ from helpers import (
     lora_mlp,
     loss_of,
     mlp_batch,
+    trainable,
     with_lora,
 )
 
@@ -92,6 +94,7 @@ def test_weights_are_never_written_and_forwards_come_back(case: str) -> None:
     clean = loss_fn(model.eval())
     with optimizer.perturbed():
         assert loss_fn(model) != clean
+        assert optimizer.memory() == 0
     assert {n: p._version for n, p in model.named_parameters() if not p.requires_grad} == versions
     assert not changed_weights(model, before)
     assert loss_fn(model) == clean
@@ -110,17 +113,26 @@ class ReadsTheWeight(OwnLoRA):
         return x @ (self.linear.weight + self.lora_B @ self.lora_A).T
 
 
+class CallsTheLayer(ReadsTheWeight):
+    """Sees the noise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + x @ (self.lora_B @ self.lora_A).T
+
+
 def test_noise_that_no_forward_sees_is_told_once() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.reads, self.unused = ReadsTheWeight(), ReadsTheWeight()
+            self.calls, self.reads, self.unused = CallsTheLayer(), ReadsTheWeight(), ReadsTheWeight()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.reads(x)
+            return self.reads(self.calls(x))
 
     model = Model()
     optimizer = flatlora(model, mode="virtual")
+    nn.init.zeros_(model.reads.lora_B)  # a fresh adapter: its A has no gradient yet
+    model.unused.lora_A.grad = torch.zeros_like(model.unused.lora_A)  # as after zero_grad(set_to_none=False)
     for warns in (True, False):
         model(torch.randn(2, 4)).square().sum().backward()
         with warnings.catch_warnings(record=True) as caught:
@@ -132,6 +144,17 @@ def test_noise_that_no_forward_sees_is_told_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.randn(2, 4)).square().sum().backward()
+        optimizer.step()
+
+
+def test_a_layer_that_is_to_have_no_noise_is_not_missed() -> None:
+    model = lora_mlp()
+    quiet, noisy = (trainable(layer) for layer in (model.base_model.model.fc1, model.base_model.model.fc2))
+    base = torch.optim.SGD([{"params": quiet, "sigma": 0.0}, {"params": noisy}], lr=0.1)
+    optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, schedule="constant", mode="virtual")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mlp_loss(model).backward()
         optimizer.step()
 
 
@@ -163,6 +186,51 @@ def test_hooks_of_accelerate_may_come_and_go_in_the_middle_of_a_step(before: boo
     assert mlp_loss(model).item() == clean
 
 
+def test_hooks_of_accelerate_are_called_around_the_noise() -> None:
+    """They bring the weights of an offloaded layer, for one."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    calls = []
+
+    class Noted(hooks.ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            calls.append(module)
+            return args, kwargs
+
+    model = lora_mlp()
+    clean = mlp_loss(model).item()
+    layer = model.base_model.model.fc1.base_layer
+    hooks.add_hook_to_module(layer, Noted())
+    with flatlora(model, mode="virtual").perturbed():
+        assert mlp_loss(model).item() != clean
+    assert calls == [layer]
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_forward_that_somebody_replaced_comes_back(hooked: bool) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = lora_mlp()
+    layer = model.base_model.model.fc1.base_layer
+    layer.forward = theirs = lambda x: F.linear(x, layer.weight, layer.bias)
+    if hooked:
+        hooks.add_hook_to_module(layer, hooks.ModelHook())
+    place = "_old_forward" if hooked else "forward"
+    with flatlora(model, mode="virtual").perturbed():
+        assert vars(layer)[place] is not theirs
+    assert vars(layer)[place] is theirs
+
+
+@pytest.mark.parametrize("had_another", [False, True])
+def test_a_forward_that_is_replaced_in_the_middle_of_a_step_stays(had_another: bool) -> None:
+    model = lora_mlp()
+    layer = model.base_model.model.fc1.base_layer
+    if had_another:
+        layer.forward = lambda x: x
+    with flatlora(model, mode="virtual").perturbed():
+        layer.forward = theirs = lambda x: F.linear(x, layer.weight, layer.bias)
+    assert vars(layer)["forward"] is theirs
+    assert "flatlora_forward" not in vars(layer)
+
+
 def test_sigma_zero_leaves_the_layers_own_forward_in_place() -> None:
     model = lora_mlp()
     optimizer = flatlora(model, mode="virtual", schedule="cosine", total_steps=4)
@@ -192,6 +260,43 @@ def test_autocast(case: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(virtual, in_place, rtol=0.02, atol=0)
     assert (virtual_grads - in_place_grads).norm() < 0.02 * in_place_grads.norm()
     assert (virtual_grads - run("virtual", sigma=0.0)[1]).norm() > 0.06 * in_place_grads.norm()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "make", [lambda bias: nn.Linear(6, 5, bias), lambda bias: nn.Conv1d(6, 5, 3, bias=bias)]
+)
+def test_with_or_without_a_bias(make: Callable[[bool], nn.Module], bias: bool, autocast: bool) -> None:
+    def run(mode: str) -> Tensor:
+        torch.manual_seed(0)
+        model = with_lora(nn.ModuleDict({"layer": make(bias)}), ["layer"])
+        layer = model.base_model.model["layer"].base_layer
+        with flatlora(model, mode=mode).perturbed(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return layer(torch.eye(6))
+
+    virtual, in_place = run("virtual"), run("in_place")
+    assert virtual.dtype == in_place.dtype
+    torch.testing.assert_close(
+        virtual, in_place, rtol=0.01 if autocast else 1e-5, atol=0.01 if autocast else 1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "shape"), [(lora_mlp, "fc1", (4, 6)), (lora_convnet, "conv1", (2, 3, 6, 6))]
+)
+def test_autocast_that_begins_after_the_forward_has_no_part_in_backward(
+    make: Callable[[], nn.Module], name: str, shape: tuple[int, ...]
+) -> None:
+    model = make()
+    layer = getattr(model.base_model.model, name).base_layer
+    x = torch.randn(shape, requires_grad=True)
+    with flatlora(model, mode="virtual", sigma=0.3).perturbed():
+        output = layer(x).square().sum()
+        (expected,) = torch.autograd.grad(output, x, retain_graph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            (actual,) = torch.autograd.grad(output, x)
+    assert torch.equal(actual, expected)
 
 
 class Twice(nn.Module):

@@ -1,5 +1,6 @@
 """DistributedDataParallel on two processes."""
 
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -96,6 +97,27 @@ def test_ranks_agree_on_the_adapters_and_equal_a_loop_by_hand(built_on: str, ran
         assert same_within_a_step == [True] * STEPS
         assert not equal(*result["noisy"][1:3])  # and new in the next one
     assert equal(first["noisy"], second["noisy"]) == (rank_noise == "shared")
+
+
+def with_a_layer_each() -> list[str]:
+    """Each rank runs a layer of its own, and gets the gradient of the other one from the other rank."""
+    model = lora_mlp()
+    optimizer = flatlora(model, mode="virtual", auto=False)
+    layers = [model.base_model.model.fc1, model.base_model.model.fc2]
+    mine = layers[dist.get_rank()]
+    with optimizer.perturbed():
+        mine(torch.randn(2, mine.in_features)).square().sum().backward()
+    for p in trainable(model):
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        dist.all_reduce(p.grad)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_layer_that_ran_on_another_rank_is_not_missed() -> None:
+    assert launch(with_a_layer_each) == [[], []]
 
 
 def with_zero_redundancy() -> dict[str, Any]:

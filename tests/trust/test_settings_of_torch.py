@@ -55,16 +55,35 @@ def test_what_is_made_in_inference_mode_serves_outside_of_it(options: dict[str, 
     in_a_new_thread(work)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # for C, and for torch operations
 @pytest.mark.parametrize("options", [m for m in MODES if m != {"restore": "subtract"}], ids=named)
-def test_the_default_device_does_not_matter(options: dict[str, Any]) -> None:
+def test_the_default_device_does_not_matter(options: dict[str, Any], dtype: torch.dtype) -> None:
     def work() -> None:
-        model = lora_mlp()
+        model = lora_mlp(dtype)
         clean = fingerprint(model)
         with torch.device("meta"):
             optimizer = flatlora(model, **options)
             with optimizer.perturbed():
                 model.state_dict()
         assert not changed_weights(model, clean)
+
+    in_a_new_thread(work)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # for C, and for torch operations
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(default: torch.dtype, dtype: torch.dtype) -> None:
+    model, usual = lora_mlp(dtype), torch.get_default_dtype()
+    with flatlora(model).perturbed():
+        expected = fingerprint(model)
+
+    def work() -> None:
+        torch.set_default_dtype(default)
+        try:
+            with flatlora(model).perturbed():
+                assert not changed_weights(model, expected)
+        finally:
+            torch.set_default_dtype(usual)
 
     in_a_new_thread(work)
 
