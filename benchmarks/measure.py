@@ -140,13 +140,16 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The code that is measured; with a plus sign where it is not quite that of the commit."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    """The code that is measured; with a plus sign where the package is not quite that of the commit."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "-s", "flatlora_optim") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
 
 
 def load_average() -> float:

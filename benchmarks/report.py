@@ -166,6 +166,7 @@ def plot(parts: Results, path: Path) -> bool:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     panels = []
     if "cycles" in parts:
@@ -196,6 +197,7 @@ def plot(parts: Results, path: Path) -> bool:
         ax.set_yscale("log")
         ax.xaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         ax.yaxis.set_minor_formatter("{x:g}")
         ax.grid(True, which="both", alpha=0.3)
     labels = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}  # noqa: B905
