@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
 
-from flatlora_optim.kernels import kernels_of, library, native, plain
+from flatlora_optim.kernels import kernels_of, library, native, parts_of, perturb, plain, restore
 from flatlora_optim.kernels.part import Keep, Part
 from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey, NoiseSource
 from flatlora_optim.parallel import for_each
@@ -160,6 +160,46 @@ def test_the_norm_increase_is_that_of_a_matrix_product(
             scale = float(matrix.double().norm() * delta.norm()) * 1e-6
             (found,) = kernels.norm_increases([(stored, left, right)])
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=scale)
+
+
+@needs_compiler
+def test_factors_between_two_numbers_of_bfloat16_are_rounded_to_the_even_one() -> None:
+    halfway = 1 + (2 * torch.arange(40) + 1) * 2.0**-8  # 1.0 and its next neighbour are 2^-7 apart
+    factors = torch.ones(1, 1), halfway[None, :]
+    for left, right in (factors, tuple(factor.T for factor in reversed(factors))):
+        matrix = torch.zeros(left.shape[0], right.shape[1])
+        (found,) = native.norm_increases([(matrix, left, right)])
+        expected = (left.bfloat16().double() @ right.bfloat16().double()).square().sum(1)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_weight_that_is_not_finite_has_no_finite_norm(dtype: torch.dtype, value: float) -> None:
+    matrix = torch.randn(6, 50).to(dtype)
+    matrix[2, 7] = matrix[5, 49] = value
+    (found,) = native.norm_increases([(matrix, torch.ones(6, 3), torch.ones(3, 50))])
+    assert found.isfinite().tolist() == [True, True, False, True, True, False]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep", list(Keep))
+def test_a_weight_may_begin_anywhere(keep: Keep, dtype: torch.dtype) -> None:
+    for first in range(9):  # elements: vectors are aligned, weights need not be
+        memory = torch.randn(first + 7 * 11 + 5).to(dtype)
+        weight = memory[first : first + 7 * 11].view(7, 11)
+        before = memory.clone()
+        noise = Noise(GaussianNoise(), NoiseKey(0, 0), Grid(7, 11, "cpu"), torch.ones(7))
+        copy = torch.empty_like(weight) if keep is Keep.COPY else None
+        (part,) = parts_of(weight, noise, keep, copy)
+        assert isinstance(part, native.Part)
+        perturb([part])
+        assert not torch.equal(weight, before[first : first + 7 * 11].view(7, 11))
+        restore([part])
+        if keep is not Keep.NOTHING:
+            assert torch.equal(int_view(memory), int_view(before))
 
 
 @needs_compiler
