@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import prune
 
 from flatlora_optim import FlatLoRAOptimizer, find_targets, register
+from flatlora_optim.sharding import place_of
 from helpers import (
     MLP,
     MLP_WEIGHTS,
@@ -462,6 +464,13 @@ def test_a_layer_that_was_set_to_none_is_no_obstacle() -> None:
     before = fingerprint(model)
     with flatlora(model).perturbed():
         assert changed_weights(model, before) == MLP_WEIGHTS
+
+
+def test_tensors_without_memory_share_none() -> None:
+    with FakeTensorMode():
+        fake = torch.empty(2, 2)
+    for tensor in (fake, torch.empty(2, 2, device="meta"), torch.empty(0, 2)):
+        assert place_of(tensor) is None
 
 
 def test_weights_that_overlap_are_refused() -> None:
