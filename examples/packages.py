@@ -89,7 +89,9 @@ def extract(archive: Path) -> Path:
                 wheel.extractall(made)
         else:
             with tarfile.open(archive) as sdist:
-                sdist.extractall(made, filter="data")
+                # Python before 3.10.12 and 3.11.4 has no filters; what is unpacked has a known digest.
+                sdist.extraction_filter = getattr(tarfile, "data_filter", None)
+                sdist.extractall(made)
         try:
             made.rename(folder)
         except OSError:
