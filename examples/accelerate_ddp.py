@@ -33,12 +33,12 @@ def main(steps: int, sigma: float) -> None:
             with accelerator.accumulate(model):
                 loss = model(**batch).loss
                 accelerator.backward(loss)
-                sigma = optimizer.sigma  # that of this step, which ends now
+                strength = optimizer.sigma  # that of this step, which ends now
                 prepared.step()
                 prepared.zero_grad()
             done = optimizer.step_count
             if accelerator.sync_gradients and done % max(1, steps // 10) == 0:
-                accelerator.print(f"step {done:4d}/{steps}  loss {loss.item():.3f}  sigma {sigma:.4f}")
+                accelerator.print(f"step {done:4d}/{steps}  loss {loss.item():.3f}  sigma {strength:.4f}")
             if done == steps:
                 break
 

@@ -102,9 +102,9 @@ class ScheduledOptimizer(OptimizerWrapper):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state; step, seed, sigma and schedule travel in ``param_groups``."""
         self._filled_groups()
-        state = self.base.state_dict()
+        state, noise = self.base.state_dict(), self._noise_description()
         for group in state["param_groups"]:
-            group[NOISE] = self._noise_description()
+            group[NOISE] = noise
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

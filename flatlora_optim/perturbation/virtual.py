@@ -101,7 +101,7 @@ def _noisy_forward(owner: nn.Module, weight: FrozenWeight) -> Callable[..., Tens
         return _dense_linear
     if type(owner) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         return _dense_convolution
-    if type(owner) is nn.Embedding and owner.max_norm is None:
+    if type(owner) is nn.Embedding:
         return _dense_embedding
     raise UnsupportedAdapterError(
         f"virtual mode does not know the forward of this {type(owner).__name__}; perturb it in place"

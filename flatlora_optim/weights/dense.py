@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..kernels import kernels_of
 from ..kernels.plain import Product
 from ..noise import Grid
-from ..sharding import is_sharded, local_part, region, sum_over_parts
+from ..sharding import is_sharded, local_part, place_of, region, sum_over_parts
 from .base import Factors, FrozenWeight
 
 
@@ -113,12 +113,8 @@ class DenseWeight(FrozenWeight):
 
     def identity(self) -> Hashable:
         # By memory: `load_state_dict(assign=True)` gives tied layers parameters of their own.
-        local = local_part(self.tensor)
-        return (
-            (local.device, local.data_ptr(), local.shape, local.stride())
-            if local.numel()
-            else id(self.tensor)
-        )
+        place, local = place_of(self.tensor), local_part(self.tensor)
+        return (place, local.shape, local.stride()) if place is not None else id(self.tensor)
 
     def memory(self) -> tuple[torch.device, int, int]:
         """Where the local part lies: device, first byte, and first byte after it."""
