@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flatlora_optim.scales import RowNorms, merged_norms
+from flatlora_optim.targets.scales import RowNorms, merged_norms
 from layers import (
     LLAMA_BLOCK,
     MINILM_LAYER,

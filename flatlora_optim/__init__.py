@@ -1,11 +1,22 @@
-"""Flat-LoRA for any base optimizer and any training loop (arXiv 2409.14396)."""
+"""Flat-LoRA for any base optimizer and any training loop (arXiv 2409.14396).
 
-from .adapters import register
-from .noise import GaussianNoise, NoiseKey, NoiseSource
+The packages, each of which uses those before it only:
+
+================  ====================================================================
+``kernels``       making, adding and taking away noise: in C, in Triton, in torch operations
+``targets``       what is perturbed: frozen weights, the adapters on them, row scales
+``noise``         what the noise is: seeded streams of numbers
+``perturbation``  how it gets into a layer, and the states of the weights
+``optimizer``     :class:`FlatLoRAOptimizer`
+``landscape``     measuring flatness
+``integrations``  helpers for trainers
+================  ====================================================================
+"""
+
+from .noise import GaussianNoise, NoiseKey, NoiseSource, NoiseTable
 from .optimizer import FlatLoRAOptimizer
 from .perturbation import WeightChangedError
-from .table import NoiseTable
-from .targets import find_targets
+from .targets import Target, find_targets, register, register_target_type
 
 __all__ = [
     "FlatLoRAOptimizer",
@@ -13,8 +24,10 @@ __all__ = [
     "NoiseKey",
     "NoiseSource",
     "NoiseTable",
+    "Target",
     "WeightChangedError",
     "find_targets",
     "register",
+    "register_target_type",
 ]
 __version__ = "0.1.0"

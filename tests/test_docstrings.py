@@ -13,7 +13,7 @@ import torch
 import flatlora_optim
 from helpers import flatlora, lora_mlp, mlp_batch
 
-KERNELS = "flatlora_optim.kernels.triton_kernels"  # needs Triton to be imported
+KERNELS = "flatlora_optim.kernels.triton"  # needs Triton to be imported
 MODULES = [
     info.name
     for info in pkgutil.walk_packages(flatlora_optim.__path__, "flatlora_optim.")

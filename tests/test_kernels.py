@@ -19,10 +19,11 @@ from torch import Tensor
 
 from flatlora_optim import find_targets
 from flatlora_optim.kernels import has_triton
+from flatlora_optim.kernels.grid import Grid
 from flatlora_optim.kernels.part import Keep
 from flatlora_optim.kernels.plain import rounded_sum
-from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey
-from flatlora_optim.weights import DenseWeight
+from flatlora_optim.noise import GaussianNoise, Noise, NoiseKey
+from flatlora_optim.targets.weights import DenseWeight
 from helpers import OwnLoRA, flatlora, int_view, lora_gpt2, lora_mlp, loss_of, mlp_batch, philox
 
 triton = pytest.importorskip("triton", minversion="3.2")
@@ -50,7 +51,7 @@ def test_the_kernels_compile_for_ampere_and_hopper(capability: int, dtype: str) 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from flatlora_optim.kernels import triton_kernels as kernels
+    from flatlora_optim.kernels import triton as kernels
 
     journal = {"low": "*i16", "corrections": "*i16", "starts": "*i32", "counts": "*i32"}
     sizes = {"done": "*i32", "numel": "i32", "row_size": "i32", "seed": "i64", "offset": "i32"}
@@ -112,7 +113,7 @@ def standard_normal(seed: int, counters: Tensor) -> Tensor:
 @interpreted
 @pytest.mark.parametrize("seed", [0, 12345, (1 << 32) - 1])
 def test_the_noise_is_philox_of_the_counters(seed: int) -> None:
-    from flatlora_optim.kernels import triton_kernels as kernels
+    from flatlora_optim.kernels import triton as kernels
 
     z = kernels.fill(torch.empty(3000), seed)
     torch.testing.assert_close(z, standard_normal(seed, torch.arange(3000)), rtol=1e-5, atol=2e-6)
@@ -129,7 +130,7 @@ def test_the_noise_is_philox_of_the_counters(seed: int) -> None:
 def test_a_block_equals_the_torch_path_and_comes_back(
     dtype: torch.dtype, shape: tuple[int, ...], row_dim: int, seed: int
 ) -> None:
-    from flatlora_optim.kernels import triton_kernels as kernels
+    from flatlora_optim.kernels import triton as kernels
 
     rows, row_size = shape[0], math.prod(shape[1:])
     torch.manual_seed(seed)
@@ -164,7 +165,7 @@ def test_a_block_equals_the_torch_path_and_comes_back(
 @interpreted
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.bfloat16, 0.20), (torch.float32, 0.35)])
 def test_the_journal_is_as_small_as_that_of_torch(dtype: torch.dtype, bar: float) -> None:
-    from flatlora_optim.kernels import triton_kernels as kernels
+    from flatlora_optim.kernels import triton as kernels
 
     weight = (torch.randn(128, 512) * 0.02).to(dtype)
     scales = weight.float().norm(dim=1) * 0.05 / 512**0.5
@@ -177,7 +178,7 @@ def test_the_journal_is_as_small_as_that_of_torch(dtype: torch.dtype, bar: float
 @interpreted
 @pytest.mark.parametrize("rank", [1, 5, 40])
 def test_the_norm_increase_of_any_strides(rank: int) -> None:
-    from flatlora_optim.kernels import triton_kernels as kernels
+    from flatlora_optim.kernels import triton as kernels
 
     matrix, left, right = torch.randn(70, 90).bfloat16(), torch.randn(70, rank), torch.randn(rank, 90)
     expected = (matrix.float() + left @ right).square().sum(1) - matrix.float().square().sum(1)
@@ -188,7 +189,7 @@ def test_the_norm_increase_of_any_strides(rank: int) -> None:
 
 @interpreted
 def test_large_ranks_are_left_to_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatlora_optim.kernels import triton_kernels as kernels
+    from flatlora_optim.kernels import triton as kernels
 
     layer = OwnLoRA(torch.randn(70, 90))
     (target,) = find_targets(layer).targets
@@ -241,7 +242,7 @@ def test_transposed_weights_and_a_state_dict_in_the_middle() -> None:
 
 @interpreted
 def test_an_interrupt_right_after_the_launch_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatlora_optim.kernels import triton_kernels as kernels
+    from flatlora_optim.kernels import triton as kernels
 
     torch.set_num_threads(1)
     model = lora_mlp()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatlora_optim import FlatLoRAOptimizer, NoiseTable, find_targets, landscape
-from flatlora_optim.surroundings import measuring
+from flatlora_optim.landscape.surroundings import measuring
 from helpers import (
     NORM_ERROR,
     assert_equal_tensors,

@@ -16,8 +16,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from flatlora_optim import FlatLoRAOptimizer, GaussianNoise, noisy_weights
+from flatlora_optim import FlatLoRAOptimizer, GaussianNoise
 from flatlora_optim.noise import NoiseKey
+from flatlora_optim.perturbation import states
 from helpers import (
     MLP_WEIGHTS,
     OwnLoRA,
@@ -365,7 +366,7 @@ def test_an_interrupt_delays_a_restore_but_does_not_prevent_it(
         raise KeyboardInterrupt
 
     optimizer.perturb()
-    monkeypatch.setattr(noisy_weights, "remove_all", interrupted)
+    monkeypatch.setattr(states, "remove_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.restore()
     assert not optimizer.is_perturbed

@@ -19,19 +19,20 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
 
-from flatlora_optim.kernels import kernels_of, library, native, parts_of, perturb, plain, restore
+from flatlora_optim.kernels import build, kernels_of, native, parts_of, perturb, plain, restore
+from flatlora_optim.kernels.grid import Grid
 from flatlora_optim.kernels.part import Keep, Part
-from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey, NoiseSource
-from flatlora_optim.parallel import for_each
+from flatlora_optim.kernels.threads import for_each
+from flatlora_optim.noise import GaussianNoise, Noise, NoiseKey, NoiseSource
+from flatlora_optim.noise.table import NoiseTable
 from flatlora_optim.perturbation import clean_copy
-from flatlora_optim.table import NoiseTable
 from helpers import OwnLoRA, flatlora, int_view, lora_mlp, loss_of, mlp_batch, philox
 
-needs_compiler = pytest.mark.skipif(library.find_compiler() is None, reason="needs a C compiler")
+needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C compiler")
 
 
 def compiler() -> list[str]:
-    found = library.find_compiler()
+    found = build.find_compiler()
     assert found is not None
     return found
 
@@ -44,9 +45,9 @@ SPECIALS = [math.nan, math.inf, -math.inf, -0.0, 1e-41, 6e-8, 65504.0, -65504.0]
 def fresh_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """No library yet, an empty cache folder, and afterwards everything as it was."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    library.library_or_none.cache_clear()
+    build.library_or_none.cache_clear()
     yield tmp_path
-    library.library_or_none.cache_clear()
+    build.library_or_none.cache_clear()
 
 
 @needs_compiler
@@ -248,9 +249,9 @@ def test_the_numbers_are_the_same_with_any_vectors(
 
     expected = numbers()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(library, "_FLAGS", (*library._FLAGS, *flags))
-    monkeypatch.setattr(library, "_VECTOR_FLAGS", {})
-    built = library.load(compiler())
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, *flags))
+    monkeypatch.setattr(build, "_VECTOR_FLAGS", {})
+    built = build.load(compiler())
     monkeypatch.setattr(native, "library", lambda: built)
     for again, before in zip(numbers(), expected, strict=True):
         torch.testing.assert_close(again, before, rtol=0, atol=0, equal_nan=True)
@@ -276,8 +277,8 @@ def test_a_part_for_whose_journal_there_is_no_memory_stays_clean(
         f"void *__wrap_malloc(size_t n) {{ static int left = {granted};"
         " return left-- > 0 ? __real_malloc(n) : NULL; }\n"
     )
-    monkeypatch.setattr(library, "_SOURCES", (*library._SOURCES, refusing))
-    monkeypatch.setattr(library, "_FLAGS", (*library._FLAGS, "-Wl,--wrap=malloc"))
+    monkeypatch.setattr(build, "_SOURCES", (*build._SOURCES, refusing))
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-Wl,--wrap=malloc"))
     weight = torch.randn(40, 5000)  # of four segments
     before = weight.clone()
     noise = Noise(GaussianNoise(), NoiseKey(1, 1), Grid(40, 5000, "cpu"), torch.full((40,), 0.5))
@@ -447,8 +448,8 @@ def test_gaussian_noise_is_made_while_it_is_added(
 def test_the_library_is_built_once(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.is_available()
     (kept,) = (fresh_build / "cache" / "flatlora-optim").iterdir()
-    library.library_or_none.cache_clear()
-    monkeypatch.setattr(library.subprocess, "run", lambda *_, **__: pytest.fail("was built again"))
+    build.library_or_none.cache_clear()
+    monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: pytest.fail("was built again"))
     assert native.is_available()
     assert kept.exists()
 
@@ -476,7 +477,7 @@ def test_a_damaged_library_is_built_again(fresh_build: Path) -> None:
     (kept,) = (fresh_build / "cache" / "flatlora-optim").iterdir()
     kept.unlink()  # not overwritten: it is mapped into this process
     kept.write_bytes(b"cut off")
-    library.library_or_none.cache_clear()
+    build.library_or_none.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert native.is_available()
@@ -509,7 +510,7 @@ def test_an_assembler_that_knows_no_pairs_is_no_obstacle(
     )
     older.chmod(0o755)
     monkeypatch.setenv("CC", str(older))
-    library.library_or_none.cache_clear()
+    build.library_or_none.cache_clear()
     assert native.is_available()
     (found,) = native.norm_increases([product])
     assert torch.equal(found, expected)
@@ -519,8 +520,8 @@ def test_an_assembler_that_knows_no_pairs_is_no_obstacle(
 def test_a_compiler_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     # In a process of its own: merely loading such a library makes subnormal numbers zero.
     code = (
-        "import sys, warnings; from flatlora_optim.kernels import library, native\n"
-        "library._FLAGS += ('-ffast-math', '-mfma')\n"
+        "import sys, warnings; from flatlora_optim.kernels import build, native\n"
+        "build._FLAGS += ('-ffast-math', '-mfma')\n"
         "with warnings.catch_warnings(record=True) as caught: print(native.is_available())\n"
         "print(caught[0].message)"
     )
@@ -543,7 +544,7 @@ def test_the_compiler_may_be_a_command_with_options(
     fresh_build: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", shlex.join(["env", "LANG=C", *compiler()]))
-    library.library_or_none.cache_clear()
+    build.library_or_none.cache_clear()
     assert native.is_available()
 
 

@@ -23,10 +23,12 @@ from transformers.pytorch_utils import Conv1D
 
 from flatlora_optim import FlatLoRAOptimizer, find_targets
 from flatlora_optim.kernels import plain
+from flatlora_optim.kernels.grid import Grid
 from flatlora_optim.kernels.part import Keep, Part
-from flatlora_optim.noise import GaussianNoise, Grid, Noise, NoiseKey, _mix32, _mix64
-from flatlora_optim.scales import RowNorms, merged_norms, row_scales
-from flatlora_optim.weights import FrozenWeight
+from flatlora_optim.noise import GaussianNoise, Noise, NoiseKey
+from flatlora_optim.noise.key import _mix32, _mix64
+from flatlora_optim.targets.scales import RowNorms, merged_norms, row_scales
+from flatlora_optim.targets.weights import FrozenWeight
 from helpers import (
     ConvNet,
     OwnLoRA,
@@ -227,7 +229,7 @@ def test_rows_that_are_not_finite_have_no_scale(columns: int, scale: float) -> N
 def test_norms_are_the_same_in_any_batches(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     rows = [RowNorms(target) for target in find_targets(lora_mlp()).targets]
     expected = merged_norms(rows)
-    monkeypatch.setattr("flatlora_optim.scales._ELEMENTS_AT_ONCE", elements)
+    monkeypatch.setattr("flatlora_optim.targets.scales._ELEMENTS_AT_ONCE", elements)
     for found, norms in zip(merged_norms(rows), expected, strict=True):
         assert found is not None
         assert norms is not None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flatlora_optim import FlatLoRAOptimizer
-from flatlora_optim.schedules import Schedule
+from flatlora_optim.optimizer.schedule import Schedule
 from helpers import OwnLoRA, flatlora, int_view
 
 TOTAL, SIGMA = 4, 0.2

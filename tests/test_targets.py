@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.utils import prune
 
 from flatlora_optim import FlatLoRAOptimizer, find_targets, register
-from flatlora_optim.sharding import place_of
+from flatlora_optim.targets.sharding import place_of
 from helpers import (
     MLP,
     MLP_WEIGHTS,

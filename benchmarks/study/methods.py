@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from flatlora_optim import FlatLoRAOptimizer, schedules
+from flatlora_optim import FlatLoRAOptimizer
+from flatlora_optim.optimizer import schedule as schedules
 
 Closure = Callable[[], Tensor]
 

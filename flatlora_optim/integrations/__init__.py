@@ -1,1 +1,6 @@
-"""Small helpers for single frameworks. Each module imports its framework; the core imports none."""
+"""Helpers for single frameworks. Each module imports its framework; the core imports none.
+
+================  =====================================================
+``transformers``  Hugging Face ``Trainer`` and those built on it (TRL)
+================  =====================================================
+"""

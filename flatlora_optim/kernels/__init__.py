@@ -1,8 +1,16 @@
 """Making, adding and taking away noise, and the norms that it needs, in three ways that do the same.
 
-:mod:`.triton_kernels` for CUDA, :mod:`.native` for CPUs with a C compiler, :mod:`.plain` torch
-operations for everything else. Each makes standard-normal numbers of its own; with the same numbers
-and scales, all of them add and take away the same bits.
+===========  ========================================================================
+``triton``   for CUDA
+``native``   for CPUs with a C compiler; ``build`` compiles and loads its C sources
+``plain``    torch operations, for everything else; ``journal`` is what they write down
+``part``     some rows of a weight while noise comes and goes: what each of them offers
+``grid``     how a weight is cut into blocks
+``threads``  work on several threads
+===========  ========================================================================
+
+Each makes standard-normal numbers of its own; with the same numbers and scales, all of them add and
+take away the same bits.
 """
 
 from __future__ import annotations
@@ -11,17 +19,14 @@ import functools
 import importlib.util
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from . import native, plain
-from .part import Keep, Part
+from .part import Keep, Part, Recipe
 from .plain import Product
-
-if TYPE_CHECKING:
-    from ..noise import Noise
 
 # Earlier releases, which belong to torch 2.4 and 2.5, can't compile the kernels.
 _OLDEST_TRITON = (3, 2)
@@ -36,7 +41,7 @@ class Kernels(Protocol):
     """How many blocks to make one part of."""
     Part: type[Part]
 
-    def takes(self, noise: Noise, weight: Tensor) -> bool:
+    def takes(self, noise: Recipe, weight: Tensor) -> bool:
         """Whether the parts know noise and weights of this kind."""
         ...
 
@@ -58,7 +63,7 @@ class Kernels(Protocol):
 
 
 def parts_of(
-    weight: Tensor, noise: Noise, keep: Keep = Keep.NOTHING, copy: Tensor | None = None
+    weight: Tensor, noise: Recipe, keep: Keep = Keep.NOTHING, copy: Tensor | None = None
 ) -> list[Part]:
     """Cuts a weight, or its local part, for the fastest kernels that take it and its noise.
 
@@ -98,13 +103,13 @@ def _by_kind(parts: Iterable[Part]) -> dict[type[Part], list[Part]]:
 def kernels_of(device: torch.device) -> Kernels:
     """The fastest that run on the device."""
     if has_triton(device):
-        from . import triton_kernels
+        from . import triton
 
-        return cast(Kernels, triton_kernels)
+        return cast(Kernels, triton)
     return cast(Kernels, native if device.type == "cpu" and native.is_available() else plain)
 
 
-def kernels_for(noise: Noise, weight: Tensor) -> Kernels:
+def kernels_for(noise: Recipe, weight: Tensor) -> Kernels:
     """The fastest that take this noise and this weight, or its local part."""
     kernels = kernels_of(weight.device)
     return kernels if kernels.takes(noise, weight) else cast(Kernels, plain)

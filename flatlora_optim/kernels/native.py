@@ -10,20 +10,16 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..parallel import for_each, lasting_empty, scratch
 from . import part, plain
-from .library import library, library_or_none
-from .part import Keep
+from .build import library, library_or_none
+from .part import Keep, Recipe
 from .plain import Product
-
-if TYPE_CHECKING:
-    from ..noise import Noise
+from .threads import for_each, lasting_empty, scratch
 
 name = "native C"
 blocks_at_once = 4
@@ -101,7 +97,7 @@ def is_available() -> bool:
     return library_or_none() is not None
 
 
-def takes(noise: Noise, weight: Tensor) -> bool:
+def takes(noise: Recipe, weight: Tensor) -> bool:
     return (
         noise.can_be_fused
         and (noise.is_seeded or noise.is_in_memory)
@@ -129,7 +125,7 @@ class Part(part.Part):
     """C itself keeps what is known of a part: no exception of Python's can come in between."""
 
     def __init__(
-        self, rows: Tensor, noise: Noise, lo: int, hi: int, keep: Keep, copy: Tensor | None = None
+        self, rows: Tensor, noise: Recipe, lo: int, hi: int, keep: Keep, copy: Tensor | None = None
     ) -> None:
         super().__init__(rows, noise, lo, hi, keep, copy)
         self._library = library()
@@ -184,7 +180,7 @@ class Part(part.Part):
         numbers, offset = noise.blocks(lo, hi)
         seeds = tables = None
         if noise.is_seeded:
-            seeds = (ctypes.c_uint32 * len(numbers))(*noise.key.block_seeds(numbers))
+            seeds = (ctypes.c_uint32 * len(numbers))(*noise.seeds(numbers))
         else:
             table, starts = noise.places(numbers)
             self._alive.append(table)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from ..parallel import for_each
-
-if TYPE_CHECKING:
-    from ..noise import Noise
-
+from .grid import Grid
+from .threads import for_each
 
 P = TypeVar("P", bound="Part")
 
@@ -26,6 +23,27 @@ class Keep(Enum):
     """What the subtraction will miss."""
     COPY = "copy"
     """All of them."""
+
+
+class Recipe(Protocol):
+    """What kernels ask of a weight's noise. It is :class:`flatlora_optim.noise.Noise`, which is built on
+    them."""
+
+    grid: Grid
+    scales: Tensor
+    row_dim: int
+
+    @property
+    def can_be_fused(self) -> bool: ...
+    @property
+    def is_seeded(self) -> bool: ...
+    @property
+    def is_in_memory(self) -> bool: ...
+    def blocks(self, lo: int, hi: int) -> tuple[range, int]: ...
+    def seeds(self, numbers: Iterable[int]) -> list[int]: ...
+    def places(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]]: ...
+    def block(self, lo: int, hi: int) -> Tensor: ...
+    def scales_of(self, lo: int, hi: int) -> Tensor: ...
 
 
 class Part:
@@ -43,7 +61,7 @@ class Part:
     """
 
     def __init__(
-        self, rows: Tensor, noise: Noise, lo: int, hi: int, keep: Keep, copy: Tensor | None = None
+        self, rows: Tensor, noise: Recipe, lo: int, hi: int, keep: Keep, copy: Tensor | None = None
     ) -> None:
         self.rows, self.noise, self.lo, self.hi = rows, noise, lo, hi
         self.keep, self.copy = keep, copy

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..parallel import rows_at_once, scratch
 from . import part
 from .journal import Journal
-from .part import Keep
-
-if TYPE_CHECKING:
-    from ..noise import Noise
+from .part import Keep, Recipe
+from .threads import rows_at_once, scratch
 
 name = "torch operations"
 blocks_at_once = 1  # what is made in between stays in a core's own cache
@@ -49,7 +45,7 @@ def rounded_sum(weight: Tensor, eps: Tensor, alpha: int = 1) -> Tensor:
     return scratch(f"rounded {alpha}", weight.shape, weight.dtype, weight.device).copy_(total)
 
 
-def takes(noise: Noise, weight: Tensor) -> bool:
+def takes(noise: Recipe, weight: Tensor) -> bool:
     return True
 
 

@@ -1,14 +1,17 @@
-"""The interface of all perturbations."""
+"""The interface of all perturbations, and many of them at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
+import torch
 from torch import Tensor
 
-from ..adapters import Target
+from .. import kernels
 from ..kernels.part import Part
 from ..noise import Noise
+from ..targets import Target
 
 
 class Perturbation:
@@ -74,3 +77,38 @@ class Perturbation:
     def nbytes(self) -> int:
         """Memory held to be able to restore, in bytes."""
         return 0
+
+
+@torch.no_grad()
+def apply_all(perturbations: Sequence[Perturbation], noises: Sequence[Noise | None]) -> None:
+    """Applies each noise, if there is one, to its target. ``remove_all`` takes back also a part."""
+    pairs = zip(perturbations, noises, strict=True)
+    kernels.perturb([part for p, noise in pairs if noise is not None for part in p.apply(noise)])
+
+
+def forget_changed(perturbations: Sequence[Perturbation]) -> list[Perturbation]:
+    """Leaves weights that somebody else has written to them, and returns whose they are."""
+    answers = [perturbation.changed() for perturbation in perturbations]
+    changed = [perturbation for perturbation, answer in zip(perturbations, answers, strict=True) if answer]
+    for perturbation in changed:
+        perturbation.forget()
+    return changed
+
+
+def remove_all(perturbations: Sequence[Perturbation]) -> None:
+    """Removes every one, also when an exception (Ctrl-C, say) arrives in between."""
+    try:
+        _remove(perturbations)
+    except BaseException:
+        # Removing twice does no harm, and one that can't be removed must not keep the others.
+        for perturbation in perturbations:
+            with suppress(Exception):
+                _remove([perturbation])
+        raise
+
+
+@torch.no_grad()
+def _remove(perturbations: Sequence[Perturbation]) -> None:
+    kernels.restore([part for perturbation in perturbations for part in perturbation.remove()])
+    for perturbation in perturbations:
+        perturbation.forget()

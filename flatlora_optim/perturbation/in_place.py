@@ -14,13 +14,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ..adapters import Target
 from ..kernels import kernels_of, parts_of
 from ..kernels.part import Keep, Part, visit
+from ..kernels.threads import lasting_empty
 from ..noise import Noise
-from ..parallel import lasting_empty
-from ..sharding import like, local_part, place_of
-from ..weights import DenseWeight
+from ..targets import DenseWeight, Target
+from ..targets.sharding import like, local_part, place_of
 from .base import Perturbation
 
 RESTORE_MODES = {"exact": Keep.JOURNAL, "snapshot": Keep.COPY, "subtract": Keep.NOTHING}

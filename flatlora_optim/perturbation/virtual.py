@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..adapters import Target
 from ..kernels.part import Part
 from ..noise import Noise
-from ..sharding import is_sharded
-from ..weights import FrozenWeight, UnsupportedAdapterError, own_forward
+from ..targets import FrozenWeight, Target, UnsupportedAdapterError
+from ..targets.sharding import is_sharded
+from ..targets.weights import own_forward
 from .base import Perturbation
 
 Forward = Callable[[Tensor], Tensor]

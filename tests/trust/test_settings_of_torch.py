@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flatlora_optim import NoiseTable
-from flatlora_optim.parallel import for_each
+from flatlora_optim.kernels.threads import for_each
 from helpers import changed_weights, fingerprint, flatlora, lora_mlp, loss_of, mlp_batch
 
 MODES: list[dict[str, Any]] = [

@@ -6,7 +6,6 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +100,13 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(value, (*path, key))
 
 
+def is_ours(path: tuple[Any, ...]) -> bool:
+    """Whether the base's own state begins deeper: what is in there is for the base to check."""
+    if path[0] == "state":
+        return len(path) == 1
+    return len(path) < 3 or path[2] in ("params", "sigma") or str(path[2]).startswith("flatlora_")
+
+
 @st.composite
 def mutations(draw: st.DrawFn) -> Callable[[State], State]:
     """Changes a state in one to three places: replaces, drops, repeats or renames what is there."""
@@ -125,7 +131,7 @@ def mutations(draw: st.DrawFn) -> Callable[[State], State]:
 
 
 def _mutate_once(state: State, number: int, what: str, value: Any) -> None:
-    found = list(places(state))
+    found = [path for path in places(state) if is_ours(path)]
     *path, key = found[number % len(found)]
     holder: Any = state
     for part in path:
@@ -182,9 +188,7 @@ def test_a_state_is_refused_as_a_whole_or_works(
     else:
         assert not optimizer.is_perturbed
         assert optimizer.state_dict()["param_groups"][0].keys() >= GOOD["param_groups"][0].keys()
-        # What is possible, but not here, fails at once: `capturable` on a CPU.
-        with suppress(RuntimeError, AssertionError):
-            train(model, optimizer, range(1))
+        train(model, optimizer, range(1))
     optimizer.restore()
     assert not changed_weights(model, clean)
 
@@ -209,11 +213,6 @@ def test_a_base_that_refuses_leaves_everything_as_it_was(perturbed: bool) -> Non
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
-        ("lr", "0.1", "'lr' must be like"),
-        ("lr", math.nan, "'lr' must be like"),
-        ("betas", (0.9,), "'betas' must be like"),
-        ("betas", 0.9, "'betas' must be like"),
-        ("amsgrad", "yes", "'amsgrad' must be like"),
         ("flatlora_format", 2, "another version"),
         ("params", [0, 1, 2, 2], "names a parameter twice"),
     ],

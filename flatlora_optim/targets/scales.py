@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import LowRank, Target
+from .target import LowRank, Target
 from .weights import FrozenWeight
 
 _ELEMENTS_AT_ONCE = 1 << 24

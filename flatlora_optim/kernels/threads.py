@@ -3,7 +3,7 @@
 torch's generators fill a tensor on one thread, and its intra-op threads keep spinning for a
 while after each operation. So whole pieces of work go to threads of our own, whose operations
 stay on the thread they are called from. (Native kernels need this only where the OpenMP library of
-torch can't be found: see ``kernels/native.py``.)
+torch can't be found: see ``native.py``.)
 """
 
 from __future__ import annotations

@@ -16,23 +16,21 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from . import checkpoint, hooks, sharding
-from .adapters import Target
-from .checkpoint import SIGMA, check_choice
-from .complaints import complaint_of
-from .noise import Noise, NoiseKey, NoiseSource
-from .noisy_weights import NoisyWeights
-from .perturbation import RESTORE_MODES
-from .scheduled import ScheduledOptimizer
-from .schedules import Schedule
-from .selection import choose_perturbations
-from .sources import noise_source
+from ..noise import Noise, NoiseKey, NoiseSource, noise_source
+from ..perturbation import RESTORE_MODES, NoisyWeights, choose_perturbations
+from ..targets import Target, sharding
+from . import hooks
+from .checks import check_choice
+from .diagnostics import complaint_of
+from .param_groups import SIGMA, initial_state, take_state
+from .schedule import Schedule
+from .state import NoiseState
 from .wrapper import changes_nothing, check_base
 
 Closure = Callable[[], Any]
 
 
-class FlatLoRAOptimizer(ScheduledOptimizer):
+class FlatLoRAOptimizer(NoiseState):
     """Wraps an optimizer so that LoRA looks for minima that are flat in the full weight space.
 
     At each optimizer step the frozen weights carry Gaussian noise during forward and backward,
@@ -110,7 +108,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
         check_choice("restore", restore, RESTORE_MODES)
         check_choice("rank_noise", rank_noise, ("independent", "shared"))
         source = noise_source(noise)
-        initial = checkpoint.initial_state(
+        initial = initial_state(
             base.param_groups, sigma=sigma, seed=seed, total_steps=total_steps, schedule=schedule
         )
         optimized = {id(p) for group in base.param_groups for p in group["params"]}
@@ -377,7 +375,7 @@ class FlatLoRAOptimizer(ScheduledOptimizer):
 def _rebuilt(
     cls: type[FlatLoRAOptimizer], base: Optimizer, model: nn.Module, options: dict[str, Any]
 ) -> FlatLoRAOptimizer:
-    state = checkpoint.take_state(base.param_groups)
+    state = take_state(base.param_groups)
     optimizer = cls(base, model, total_steps="deferred", **options)
     for group, values in zip(optimizer.param_groups, state, strict=True):
         group.update(values)

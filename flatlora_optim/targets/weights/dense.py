@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import kernels_of
-from ..kernels.plain import Product
-from ..noise import Grid
+from ...kernels import kernels_of
+from ...kernels.grid import Grid
+from ...kernels.plain import Product
 from ..sharding import is_sharded, local_part, place_of, region, sum_over_parts
 from .base import Factors, FrozenWeight
 

@@ -20,21 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from . import sharding
-from .adapters import Target
-from .kernels import kernels_of
-from .noise import Noise, NoiseKey, NoiseSource
-from .perturbation import (
-    Perturbation,
-    VirtualPerturbation,
-    apply_all,
-    change_noticed,
-    forget_changed,
-    remove_all,
-)
-from .scales import RowNorms, merged_norms, row_scales
-from .sharding import local_part
-from .weights import DenseWeight
+from ..kernels import kernels_of
+from ..noise import Noise, NoiseKey, NoiseSource
+from ..targets import DenseWeight, Target, sharding
+from ..targets.scales import RowNorms, merged_norms, row_scales
+from ..targets.sharding import local_part
+from .base import Perturbation, apply_all, forget_changed, remove_all
+from .in_place import change_noticed
+from .virtual import VirtualPerturbation
 
 
 class NoisyWeights:
@@ -106,7 +99,7 @@ class NoisyWeights:
         scales = row_scales([norm for _, norm in active], [sigmas[i] for i, _ in active], columns)
         noises: list[Noise | None] = [None] * len(sigmas)
         for (i, _), scale in zip(active, scales, strict=True):
-            noises[i] = targets[i].noise(source, key, scale)
+            noises[i] = Noise.on(targets[i], source, key, scale)
         return noises
 
     def perturb(self, noises: Sequence[Noise | None]) -> None:

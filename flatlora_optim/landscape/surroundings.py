@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import hooks
-from .adapters import Target
-from .noise import GaussianNoise, Noise, NoiseKey, NoiseSource
-from .perturbation import VirtualPerturbation, apply_all, choose_perturbation, remove_all
-from .scales import RowNorms, merged_norms
-from .sharding import fsdp_modules, is_sharded
-from .targets import find_targets, why_inactive
-from .weights import DenseWeight
+from ..noise import GaussianNoise, Noise, NoiseKey, NoiseSource
+from ..optimizer import hooks
+from ..perturbation import VirtualPerturbation, apply_all, choose_perturbation, remove_all
+from ..targets import DenseWeight, Target, find_targets, why_inactive
+from ..targets.scales import RowNorms, merged_norms
+from ..targets.sharding import fsdp_modules, is_sharded
 
 LossFn = Callable[[nn.Module], Tensor]
 Vector = list[Tensor]
@@ -42,7 +40,7 @@ class Surroundings:
         self, key: NoiseKey, scales: Sequence[Tensor], source: NoiseSource | None = None
     ) -> list[Noise]:
         return [
-            target.noise(source or GaussianNoise(), key, scale)
+            Noise.on(target, source or GaussianNoise(), key, scale)
             for target, scale in zip(self.targets, scales, strict=True)
         ]
 

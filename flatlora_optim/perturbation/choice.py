@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from .adapters import Target
-from .perturbation import Perturbation, choose_perturbation
-from .targets import Discovery, find_targets, why_inactive
-from .weights import UnsupportedAdapterError
+from ..targets import Discovery, Target, UnsupportedAdapterError, find_targets, why_inactive
+from .base import Perturbation
+from .in_place import InPlace
+from .virtual import VirtualPerturbation
 
 
 def choose_perturbations(
@@ -46,3 +46,23 @@ def _why_not_optimized(target: Target, optimized: set[int]) -> str | None:
     if reason is None and not any(id(p) in optimized for p in target.adapter_parameters()):
         reason = "its adapter's parameters are not in the optimizer"
     return reason
+
+
+def choose_perturbation(target: Target, mode: str, restore: str) -> Perturbation:
+    """How the target is perturbed.
+
+    Raises:
+        UnsupportedAdapterError: It can't be, in this mode.
+    """
+    if getattr(target.owner, "max_norm", None) is not None:
+        raise UnsupportedAdapterError("its forward renormalizes the weight itself (`max_norm`)")
+    if mode == "virtual" or (mode == "auto" and target.weight.kind != "dense"):
+        return VirtualPerturbation(target)
+    if target.weight.kind != "dense":
+        raise UnsupportedAdapterError(
+            f"its weight is {target.weight.kind} and can't be written in place; use mode='auto' or 'virtual'"
+        )
+    tensor = target.weight.tensor  # type: ignore[attr-defined]
+    if 0 in tensor.stride() and tensor.numel() > 0:
+        raise UnsupportedAdapterError("its elements share memory; give each its own (`clone()`)")
+    return InPlace(target, restore)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import nn
 
-from .adapters import TARGET_TYPES, Target
-from .modules import has, innermost_base_layer
+from .attributes import has, innermost_base_layer
+from .hand_written import HandWrittenLoRA
+from .peft import PeftAdditive, PeftLoRA
 from .sharding import check_engine
+from .target import Target
 from .weights import DenseWeight, UnsupportedAdapterError
+
+T = TypeVar("T", bound=Target)
+
+_TARGET_TYPES: list[type[Target]] = [HandWrittenLoRA, PeftLoRA, PeftAdditive]
+"""Tried in order on each module."""
 
 
 @dataclass
@@ -72,13 +80,31 @@ def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lamb
     return found
 
 
+def register_target_type(target_type: type[T]) -> type[T]:
+    """Makes :func:`find_targets` recognize another type of adapter layer. Usable as a decorator.
+
+    Types that were registered last are tried first, on each module.
+
+    Args:
+        target_type: A subclass of :class:`.Target` with ``match``, ``adapter_parameters`` and ``delta``.
+
+    Raises:
+        TypeError: It is no subclass of ``Target``.
+    """
+    if not (isinstance(target_type, type) and issubclass(target_type, Target)):
+        raise TypeError(f"a target type must be a subclass of Target, got {target_type!r}")
+    if target_type not in _TARGET_TYPES:
+        _TARGET_TYPES.insert(0, target_type)
+    return target_type
+
+
 def why_inactive(target: Target) -> str | None:
     """For ``find_targets``: takes targets with an active adapter."""
     return None if any(True for _ in target.adapter_parameters()) else "none of its adapters is active"
 
 
 def _match(name: str, module: nn.Module) -> Target | None:
-    for target_type in TARGET_TYPES:
+    for target_type in _TARGET_TYPES:
         target = target_type.match(name, module)
         if target is not None:
             return target

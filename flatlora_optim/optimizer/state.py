@@ -1,4 +1,4 @@
-"""An optimizer wrapper that knows how strong the noise is at which step, and saves it."""
+"""The state of the noise: step, seed, sigma and schedule, and how a checkpoint carries it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,32 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from . import checkpoint, schedules
-from .adapters import Target
-from .checkpoint import CUSTOM_SCHEDULE, NOISE, SCHEDULE, SEED, SIGMA, STEP, TOTAL_STEPS
-from .schedules import Schedule
+from ..targets import Target
+from .checks import check_sigma, check_step, check_total_steps
+from .param_groups import (
+    CUSTOM_SCHEDULE,
+    KEYS,
+    NESTED,
+    NOISE,
+    SCHEDULE,
+    SEED,
+    SIGMA,
+    STEP,
+    TOTAL_STEPS,
+    check_nested,
+    check_state_dict,
+    complete_groups,
+    fill_groups,
+)
+from .schedule import Schedule, factor
 from .wrapper import OptimizerWrapper
 
 
-class ScheduledOptimizer(OptimizerWrapper):
+class NoiseState(OptimizerWrapper):
     """Keeps step, seed, sigma and schedule in the param groups of the base.
 
     Args:
-        initial: What :func:`.checkpoint.initial_state` made of the options.
+        initial: What :func:`.param_groups.initial_state` made of the options.
         schedule: A name or a callable, which no param group can carry.
     """
 
@@ -31,13 +45,21 @@ class ScheduledOptimizer(OptimizerWrapper):
 
     def _filled_groups(self) -> list[dict[str, Any]]:
         """The param groups; those that came from elsewhere are given what they lack."""
-        checkpoint.fill_groups(self.param_groups, self._defaults_for_groups)
+        fill_groups(self.param_groups, self._defaults_for_groups)
         return self.param_groups
 
     @property
     def step_count(self) -> int:
-        """Optimizer steps finished so far."""
+        """Optimizer steps finished so far. May be set between steps, where a run starts at another step."""
         return int(self._filled_groups()[0][STEP])
+
+    @step_count.setter
+    def step_count(self, value: int) -> None:
+        checked = check_step(value)
+        if checked != self.step_count:
+            self._drop_noise()
+            for group in self.param_groups:
+                group[STEP] = checked
 
     @property
     def seed(self) -> int:
@@ -52,7 +74,7 @@ class ScheduledOptimizer(OptimizerWrapper):
 
     @total_steps.setter
     def total_steps(self, value: int | None) -> None:
-        checked = checkpoint.check_total_steps(value)
+        checked = check_total_steps(value)
         for group in self.param_groups:
             group[TOTAL_STEPS] = checked
 
@@ -67,7 +89,7 @@ class ScheduledOptimizer(OptimizerWrapper):
 
     @property
     def _factor(self) -> float:
-        return schedules.factor(self._schedule, self.step_count, self.total_steps)
+        return factor(self._schedule, self.step_count, self.total_steps)
 
     def _sigmas(self, targets: Iterable[Target]) -> list[float]:
         """Of each target: that of the groups which hold its adapters."""
@@ -80,7 +102,7 @@ class ScheduledOptimizer(OptimizerWrapper):
                     f"{target.name}: the parameters of its adapters are in groups of different sigma "
                     f"{sorted(values)}"
                 )
-            sigmas.append(checkpoint.check_sigma(values.pop() if values else 0.0))
+            sigmas.append(check_sigma(values.pop() if values else 0.0))
         return sigmas
 
     def _count_step(self) -> None:
@@ -95,17 +117,21 @@ class ScheduledOptimizer(OptimizerWrapper):
         ``FlatLoRAOptimizer``.
         """
         if SIGMA in param_group:
-            checkpoint.check_sigma(param_group[SIGMA])
+            check_sigma(param_group[SIGMA])
         self.base.add_param_group(param_group)
         self._filled_groups()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state; step, seed, sigma and schedule travel in ``param_groups``."""
-        self._filled_groups()
-        state, noise = self.base.state_dict(), self._noise_description()
-        for group in state["param_groups"]:
-            group[NOISE] = noise
-        return state
+        groups, noise = self._filled_groups(), self._noise_description()
+        state = self.base.state_dict()
+        if isinstance(state.get("param_groups"), list):
+            for group in state["param_groups"]:
+                group[NOISE] = noise
+            return state
+        # A base around another optimizer, as Lookahead, may keep that one's state under a name of its own.
+        ours = [{NOISE: noise, **{key: group[key] for key in KEYS}} for group in groups]
+        return {**state, NESTED: ours}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class, or of the base optimizer alone (then the step is kept).
@@ -116,16 +142,22 @@ class ScheduledOptimizer(OptimizerWrapper):
         Raises:
             TypeError, ValueError: The state is malformed or of another shape. Nothing was changed.
         """
-        checkpoint.check_state_dict(
-            state_dict,
-            self._filled_groups(),
-            self.defaults,
-            custom_schedule=not isinstance(self._schedule, str),
-        )
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"the optimizer state must be a dict, got {type(state_dict).__name__}")
+        groups, is_custom = self._filled_groups(), not isinstance(self._schedule, str)
+        nested = state_dict.get(NESTED)
+        if nested is None:
+            check_state_dict(state_dict, groups, is_custom)
+        else:
+            check_nested(nested, groups, is_custom)
+            state_dict = {key: value for key, value in state_dict.items() if key != NESTED}
         before, settings = (self.state, self.param_groups), self._settings()
         try:
             self.base.load_state_dict(state_dict)
-            checkpoint.complete_groups(self.param_groups, before[1], self.defaults)
+            for group, values in zip(self.param_groups, nested or (), strict=False):
+                group.update(values)
+            complete_groups(self.param_groups, before[1], self.defaults)
+            saved_noise = (nested or state_dict["param_groups"])[0].get(NOISE)
             for group in self.param_groups:
                 group.pop(NOISE, None)  # how it is now is asked for when it is saved
         except BaseException as error:
@@ -137,7 +169,7 @@ class ScheduledOptimizer(OptimizerWrapper):
         if saved != CUSTOM_SCHEDULE:
             self._schedule = saved
         self._drop_noise()
-        self._warn_of_differences(settings, state_dict["param_groups"][0].get(NOISE))
+        self._warn_of_differences(settings, saved_noise)
 
     def _drop_noise(self) -> None:
         """Ends the noise of the step that is under way, if there is any."""

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..kernels.plain import increase_of_projected
-from ..noise import Grid
+from ...kernels.grid import Grid
+from ...kernels.plain import increase_of_projected
 
 W = TypeVar("W", bound="FrozenWeight")
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .checkpoint import check_choice
-from .noise import GaussianNoise, NoiseSource
+from .gaussian import GaussianNoise, NoiseSource
 from .table import NoiseTable
 
 NOISE_SOURCES: dict[str, Callable[[], NoiseSource]] = {"gaussian": GaussianNoise, "table": NoiseTable}
@@ -18,10 +17,11 @@ def noise_source(noise: str | NoiseSource) -> NoiseSource:
     Raises:
         TypeError, ValueError: It is neither.
     """
+    names = ", ".join(map(repr, NOISE_SOURCES))
     if isinstance(noise, str):
-        check_choice("noise", noise, NOISE_SOURCES)
+        if noise not in NOISE_SOURCES:
+            raise ValueError(f"noise must be one of {names}, got {noise!r}")
         return NOISE_SOURCES[noise]()
     if isinstance(noise, type) or not callable(getattr(noise, "block", None)):
-        names = ", ".join(map(repr, NOISE_SOURCES))
         raise TypeError(f"noise must be one of {names}, or an object with NoiseSource's block, got {noise!r}")
     return noise

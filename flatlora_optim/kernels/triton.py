@@ -8,7 +8,7 @@ module imports Triton; ask :func:`flatlora_optim.kernels.has_triton` first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -17,11 +17,8 @@ from torch import Tensor
 
 from . import part, plain
 from .journal import narrowed
-from .part import Keep
+from .part import Keep, Recipe
 from .plain import Product
-
-if TYPE_CHECKING:
-    from ..noise import Noise
 
 name = "Triton"
 blocks_at_once = 1
@@ -215,7 +212,7 @@ class TileJournal:
         return sum(t.numel() * t.element_size() for t in parts)
 
 
-def takes(noise: Noise, weight: Tensor) -> bool:
+def takes(noise: Recipe, weight: Tensor) -> bool:
     is_known = noise.can_be_fused and noise.is_seeded
     return is_known and weight.is_contiguous() and weight.dtype != torch.float64
 
@@ -270,7 +267,7 @@ class Part(part.Part):
                 done,
                 rows.numel(),
                 rows[0].numel(),
-                noise.key.block_seed(number),
+                noise.seeds([number])[0],
                 offset,
                 ROW_DIM=noise.row_dim,
                 JOURNAL=self._journal is not None,

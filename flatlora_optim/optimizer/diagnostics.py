@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Any
 
-from . import sharding
-from .adapters import Target
-from .checkpoint import SIGMA
-
-if TYPE_CHECKING:
-    from .optimizer import FlatLoRAOptimizer
+from ..targets import Target, sharding
+from .param_groups import SIGMA
 
 _CLOSED = (
     "this step had no noise: the FlatLoRAOptimizer was closed, by close() or by a newer one for the same "
@@ -31,7 +27,7 @@ _LATE = (
 )
 
 
-def complaint_of(optimizer: FlatLoRAOptimizer) -> tuple[str, str] | None:
+def complaint_of(optimizer: Any) -> tuple[str, str] | None:
     """The layers that the step that ends now left without noise, and why; None if all is well."""
     noises = optimizer._noises or ()
     if not optimizer._finalizer.alive:
@@ -46,7 +42,7 @@ def complaint_of(optimizer: FlatLoRAOptimizer) -> tuple[str, str] | None:
     return None
 
 
-def _unseen(optimizer: FlatLoRAOptimizer) -> list[Target]:
+def _unseen(optimizer: Any) -> list[Target]:
     """The targets that have learned, but whose noise was never looked at."""
     pairs = zip(optimizer._weights.perturbations, optimizer._noises or (), strict=True)
     noisy = [perturbation for perturbation, noise in pairs if noise is not None]
@@ -55,7 +51,7 @@ def _unseen(optimizer: FlatLoRAOptimizer) -> list[Target]:
     return [each.target for each in noisy if not each.was_seen and each.target.has_gradient()]
 
 
-def _late(optimizer: FlatLoRAOptimizer) -> list[Target]:
+def _late(optimizer: Any) -> list[Target]:
     """The targets that have learned, but were not there yet when the noise was drawn."""
     pairs = zip(optimizer.targets, optimizer._noises or (), strict=True)
     without = [target for target, noise in pairs if noise is None and not target.merged]

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .noise import GaussianNoise, NoiseKey
-from .parallel import lasting_empty
+from ..kernels.threads import lasting_empty
+from .gaussian import GaussianNoise
+from .key import NoiseKey
 
 _SEGMENTS = 64
 _ALIGNMENT = 16

@@ -1,105 +1,23 @@
-"""How flat a minimum is, in the full weight space that Flat-LoRA looks at.
-
-All functions take ``model`` and ``loss_fn``, a function of the model that returns the scalar
-loss on whatever data it holds, and look at the frozen weights that carry an adapter: those that
-:class:`.FlatLoRAOptimizer` perturbs, dense and quantized, by the same noise and the same exact
-restore. Weights, gradients, training mode and torch's random state are afterwards what they were,
-also after an exception, and an optimizer that is attached to the model does not notice.
-
-The model is measured in eval mode. Each evaluation starts from the same random state, so a
-``loss_fn`` that draws its data at random draws the same data every time. Weights in float16 and
-bfloat16 work, but resolve only strong noise: curvature is best measured in float32.
-
-``samples`` are how many random draws are averaged, ``seed`` makes them the same again, and
-``progress`` shows a bar where tqdm is installed. All functions raise ValueError for a number that
-is out of range, a model without an active adapter, with a merged one or with sharded weights, and
-TypeError if ``loss_fn`` returns no scalar tensor.
-"""
+"""Measuring: expected loss, slices of the loss, curvature."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import check_choice, check_seed, check_sigma
-from .noise import NoiseKey, NoiseSource
-from .scales import row_scales
-from .sources import noise_source
+from ..noise import NoiseKey, NoiseSource, noise_source
+from ..optimizer.checks import check_choice, check_seed, check_sigma
+from ..targets.scales import row_scales
+from .results import Eigenvalue, Estimate, ExpectedLoss, Slice1D, Slice2D
 from .surroundings import LossFn, Vector, dot, measuring
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class Estimate:
-    """The mean of random samples, and how far it may be off."""
-
-    samples: Tensor
-    """Shape ``(samples,)``, float64."""
-
-    @property
-    def mean(self) -> float:
-        """The estimate itself."""
-        return float(self.samples.mean())
-
-    @property
-    def standard_error(self) -> float:
-        """NaN for a single sample."""
-        count = len(self.samples)
-        return float(self.samples.std()) / math.sqrt(count) if count > 1 else math.nan
-
-    def __repr__(self) -> str:
-        return f"{self.mean:.6g} ± {self.standard_error:.2g} ({len(self.samples)} samples)"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class ExpectedLoss(Estimate):
-    """``E L(W + eps)``, and the loss at W."""
-
-    at_minimum: float
-    """The loss at W, whether it is a minimum or not."""
-
-    @property
-    def increase(self) -> float:
-        """``E L(W + eps) - L(W)``; its standard error is that of the mean."""
-        return self.mean - self.at_minimum
-
-
-@dataclass(frozen=True)
-class Eigenvalue:
-    """The result of a power iteration."""
-
-    value: float
-    iterations: int
-    converged: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Slice1D:
-    """``losses[i]`` at ``W + coordinates[i] * d``."""
-
-    coordinates: Tensor
-    losses: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Slice2D:
-    """``losses[i, j]`` at ``W + coordinates[i] * d1 + coordinates[j] * d2``."""
-
-    coordinates: Tensor
-    losses: Tensor
-
-
-# ---------------------------------------------------------------------- measuring
 
 
 def expected_loss(
@@ -278,41 +196,6 @@ def _power_iteration(
             return Eigenvalue(value + shift, i, True)
         v = _normalized(product)
     return Eigenvalue(value + shift, iterations, False)
-
-
-# ---------------------------------------------------------------------- plotting
-
-
-def plot_slice_1d(slices: Slice1D | Mapping[str, Slice1D], ax: Axes | None = None) -> Axes:
-    """Draws one slice, or several with their labels. Needs the ``plot`` extra."""
-    ax = ax or _new_axes()
-    named = {"": slices} if isinstance(slices, Slice1D) else slices
-    for label, curve in named.items():
-        ax.plot(curve.coordinates.numpy(), curve.losses.numpy(), label=label)
-    ax.set(xlabel="relative distance along the direction", ylabel="loss")
-    if any(named):
-        ax.legend()
-    return ax
-
-
-def plot_slice_2d(plane: Slice2D, ax: Axes | None = None, *, levels: int = 20) -> Axes:
-    """Draws contours of the loss. Needs the ``plot`` extra."""
-    ax = ax or _new_axes()
-    coordinates = plane.coordinates.numpy()
-    # Rows of `losses` belong to the first direction, which is drawn along x.
-    contours = ax.contourf(coordinates, coordinates, plane.losses.T.numpy(), levels=levels)
-    ax.figure.colorbar(contours, ax=ax, label="loss")
-    ax.plot(0, 0, "+", color="white")
-    ax.set(xlabel="direction 1", ylabel="direction 2", aspect="equal")
-    return ax
-
-
-def _new_axes() -> Axes:
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'flatlora-optim[plot]'") from error
-    return pyplot.subplots()[1]
 
 
 def _normalized(v: Vector) -> Vector:

@@ -7,21 +7,18 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from . import sharding
-from .noisy_weights import NoisyWeights
-from .perturbation import Perturbation, change_noticed, clean_copy, forget_changed, remove_all
+from ..perturbation import NoisyWeights, Perturbation, change_noticed, clean_copy, forget_changed, remove_all
+from ..targets import Target, sharding
 from .wrapper import changes_nothing
-
-if TYPE_CHECKING:
-    from .optimizer import FlatLoRAOptimizer
 
 _CALL = nn.Module._call_impl.__code__
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -108,10 +105,26 @@ class Forwards:
         )
 
 
+class Owner(Protocol):
+    """What hooks need of the optimizer that they belong to, which is built on them."""
+
+    param_groups: list[dict[str, Any]]
+    _weights: NoisyWeights
+    _forwards: Forwards
+    _steps_base: bool
+
+    @property
+    def is_perturbed(self) -> bool: ...
+    @property
+    def targets(self) -> list[Target]: ...
+    def clean(self) -> AbstractContextManager[None]: ...
+    def close(self) -> None: ...
+
+
 class _ModelHook:
     """A hook that neither keeps the optimizer alive nor travels with copies of the model."""
 
-    def __init__(self, optimizer: FlatLoRAOptimizer) -> None:
+    def __init__(self, optimizer: Owner) -> None:
         self._optimizer = weakref.ref(optimizer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Detached:
@@ -197,7 +210,7 @@ class _CleanStateDict(_ModelHook):
                     state[key] = clean
 
 
-def hook_forwards(optimizer: FlatLoRAOptimizer, model: nn.Module) -> list[RemovableHandle]:
+def hook_forwards(optimizer: Owner, model: nn.Module) -> list[RemovableHandle]:
     """Watches each module through which a whole forward may begin.
 
     The pre-hooks come first of all: FSDP gathers a module's shards in a pre-hook of its own, and
@@ -212,7 +225,7 @@ def hook_forwards(optimizer: FlatLoRAOptimizer, model: nn.Module) -> list[Remova
     return handles
 
 
-def hook_state_dicts(optimizer: FlatLoRAOptimizer, model: nn.Module) -> list[RemovableHandle]:
+def hook_state_dicts(optimizer: Owner, model: nn.Module) -> list[RemovableHandle]:
     """Watches the model and each module that owns a perturbed tensor, under whatever name."""
     hook = _CleanStateDict(optimizer)
     places = {sharding.place_of(tensor) for tensor in optimizer._weights.tensors()} - {None}
@@ -241,14 +254,14 @@ class _BeforeBaseStep(_ModelHook):
         )
 
 
-def hook_base(optimizer: FlatLoRAOptimizer, base: Optimizer) -> list[RemovableHandle]:
+def hook_base(optimizer: Owner, base: Optimizer) -> list[RemovableHandle]:
     """Watches who steps the base, if it has all of torch's own optimizers."""
     if not hasattr(base, "_optimizer_step_pre_hooks"):
         return []
     return [base.register_step_pre_hook(_BeforeBaseStep(optimizer))]
 
 
-def attached_optimizers(model: nn.Module) -> list[FlatLoRAOptimizer]:
+def attached_optimizers(model: nn.Module) -> list[Owner]:
     """The optimizers that perturb modules of the model, each once."""
     tables = ((m._forward_pre_hooks, m._state_dict_hooks) for m in model.modules())
     hooks: Iterator[object] = (hook for both in tables for table in both for hook in table.values())

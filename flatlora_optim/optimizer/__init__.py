@@ -1,0 +1,17 @@
+"""The optimizer that users hold: any base optimizer, whose gradients are taken at W + eps.
+
+================  ======================================================================
+``flatlora``      :class:`.FlatLoRAOptimizer`: noise around a step
+``hooks``         the automatic style: which forwards see noise, and which clean weights
+``diagnostics``   what a step tells of noise that was not there
+``schedule``      how the noise grows over training: ``sigma_t``
+``state``         step, seed, sigma and schedule, and how a checkpoint carries them
+``param_groups``  where they lie: in the param groups of the base
+``checks``        checks of numbers and names
+``wrapper``       an optimizer that is another one, seen from outside
+================  ======================================================================
+"""
+
+from .flatlora import FlatLoRAOptimizer
+
+__all__ = ["FlatLoRAOptimizer"]

@@ -1,0 +1,155 @@
+"""PEFT's adapters, recognized by their attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .attributes import has, innermost_base_layer, is_set
+from .sharding import gathered
+from .target import LowRank, Target, values_of
+from .weights import UnsupportedAdapterError, read_weight
+
+
+class PeftLoRA(Target):
+    """PEFT's LoRA on Linear, ``Conv1D``, convolution or Embedding, dense or quantized."""
+
+    VARIANTS: ClassVar[tuple[str, ...]] = ("ALora", "Dora", "MiCA", "Velora", "_Dora")
+    """Those whose forward adds ``B @ A``, at least to a part of the tokens."""
+
+    @classmethod
+    def match(cls, name: str, module: nn.Module) -> Target | None:
+        if not (has(module, "base_layer", "scaling") and _lora_pairs(module)):
+            return None
+        if has(module, "parameter_name"):
+            raise UnsupportedAdapterError(
+                "adapts a bare parameter (`target_parameters`), whose axes are unknown; "
+                "adapt the layer by `target_modules` instead"
+            )
+        if hasattr(module, "lora_E"):
+            return None
+        owner = innermost_base_layer(module)
+        if not hasattr(owner, "weight") and hasattr(owner, "in_proj_weight"):
+            raise UnsupportedAdapterError("PEFT merges the adapter into `in_proj_weight` in each forward")
+        if getattr(owner, "groups", 1) > 1:
+            raise UnsupportedAdapterError(
+                "PEFT's adapter on a grouped convolution mixes channels that the weight keeps apart, "
+                "so there is no merged weight to take the strength of the noise from"
+            )
+        unknown = {type(variant).__name__ for variant in getattr(module, "lora_variant", {}).values()}
+        unknown = {variant for variant in unknown if not variant.startswith(cls.VARIANTS)}
+        if unknown:
+            raise UnsupportedAdapterError(f"{', '.join(unknown)} of PEFT does not add B @ A to the weight")
+        row_dim = 1 if _is_transposed(module, owner) else 0
+        target = cls(name, module, owner, read_weight(owner, module, row_dim))
+        target.delta()
+        return target
+
+    def _active(self) -> Iterator[tuple[str, Any, Any]]:
+        if is_set(self.layer, "disable_adapters"):
+            return
+        pairs = _lora_pairs(self.layer)
+        for adapter in self.layer.active_adapters:
+            if adapter in pairs:
+                yield adapter, *pairs[adapter]
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        for _, a, b in self._active():
+            for part in (a, b):
+                if isinstance(part, nn.Parameter):
+                    yield part
+                elif "parametrizations" in part._modules:
+                    yield from part.parameters()
+                else:  # as fast as can be, for it is asked for at each step
+                    yield from (parameter for parameter in part._parameters.values() if parameter is not None)
+
+    def delta(self) -> LowRank | Tensor | None:
+        terms = [self._product(adapter, a, b) for adapter, a, b in self._active()]
+        if len(terms) < 2:
+            return terms[0] if terms else None
+        left = torch.cat([term.left * term.scaling for term in terms], 1)
+        return LowRank(left, torch.cat([term.right for term in terms], 0), 1.0)
+
+    def _product(self, adapter: str, a: Any, b: Any) -> LowRank:
+        scaling = float(self.layer.scaling[adapter])
+        a, b = values_of(a, self.weight.device), values_of(b, self.weight.device)
+        if adapter in getattr(self.layer, "lora_embedding_A", ()):
+            # Stored (tokens, dim) = A.T @ B.T: a row is what the layer outputs for one token.
+            return self.low_rank(a.T, b.T, scaling)
+        return self.low_rank(b.flatten(1), a.flatten(1), scaling)
+
+
+class PeftAdditive(Target):
+    """Other PEFT adapters that add ``get_delta_weight(adapter)``: AdaLoRA, LoHa, LoKr.
+
+    Their delta has no cheap row norms, so it is made as a whole, one layer at a time.
+    """
+
+    MARKERS: ClassVar[tuple[str, ...]] = ("lora_E", "hada_w1_a", "lokr_w1")
+
+    @classmethod
+    def match(cls, name: str, module: nn.Module) -> Target | None:
+        if not (
+            any(hasattr(module, marker) for marker in cls.MARKERS)
+            and has(module, "base_layer", "get_delta_weight")
+        ):
+            return None
+        owner = innermost_base_layer(module)
+        weight = read_weight(owner, module, 1 if _is_transposed(module, owner) else 0)
+        if weight.kind == "opaque":
+            raise UnsupportedAdapterError("this adapter's norms need a base weight that can be read")
+        return cls(name, module, owner, weight)
+
+    def _active(self) -> list[str]:
+        if is_set(self.layer, "disable_adapters"):
+            return []
+        marker = next(getattr(self.layer, m) for m in self.MARKERS if hasattr(self.layer, m))
+        known = set(marker) | set(getattr(self.layer, "lokr_w1_a", ()))
+        return [a for a in self.layer.active_adapters if a in known]
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        active = self._active()
+        for path, parameter in self.layer.named_parameters():
+            if not path.startswith("base_layer.") and set(active) & set(path.split(".")):
+                yield parameter
+
+    def delta(self) -> Tensor | None:
+        return _sum_of_deltas(self, self._active())
+
+
+def _lora_pairs(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """A and B of each adapter, as modules or parameters."""
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for a_name, b_name in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+        # nn.Module's own lookup is slow, and this is asked for at each step.
+        a, b = module._modules.get(a_name), module._modules.get(b_name)
+        if isinstance(a, (nn.ModuleDict, nn.ParameterDict)) and isinstance(
+            b, (nn.ModuleDict, nn.ParameterDict)
+        ):
+            pairs.update({key: (a[key], b[key]) for key in a if key in b})
+    return pairs
+
+
+def _is_transposed(layer: nn.Module, owner: nn.Module) -> bool:
+    """Whether the weight is stored (inputs, outputs), as in the Conv1D of GPT-2."""
+    return bool(getattr(layer, "fan_in_fan_out", False)) and not isinstance(owner, nn.Embedding)
+
+
+@torch.no_grad()
+def _sum_of_deltas(target: Target, adapters: Iterable[str]) -> Tensor | None:
+    """The dense products that PEFT itself makes, in the weight's stored shape."""
+    total: Tensor | None = None
+    layer, training = target.layer, target.layer.training
+    try:
+        layer.training = False  # earlier releases of PEFT apply their rank dropout here, too
+        with gathered(layer, target.adapter_parameters()):
+            for adapter in adapters:
+                term: Tensor = layer.get_delta_weight(adapter)
+                term = term.detach().to(target.weight.device, torch.float32).reshape(target.weight.shape)
+                total = term if total is None else total + term
+    finally:
+        layer.training = training
+    return total

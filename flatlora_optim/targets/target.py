@@ -1,0 +1,124 @@
+"""Adapters and the frozen weights under them.
+
+Adapter layers are recognized by their attributes, never by their class, so that no library is
+imported and subclasses, renamed adapters and quantized variants are found alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .attributes import is_set
+from .sharding import whole
+from .weights import FrozenWeight, UnsupportedAdapterError
+
+
+class LowRank(NamedTuple):
+    """An adapter product ``scaling * left @ right``.
+
+    Shapes ``(m, r)`` and ``(r, n)``, float32, where ``m`` counts output neurons.
+    """
+
+    left: Tensor
+    right: Tensor
+    scaling: float
+
+
+class Target:
+    """One frozen weight and the adapter on top of it.
+
+    Args:
+        name: Where the adapter layer sits in the model.
+        layer: The adapter layer.
+        owner: The module that holds the frozen weight (PEFT's ``base_layer``).
+        weight: Reads the frozen weight.
+    """
+
+    def __init__(self, name: str, layer: nn.Module, owner: nn.Module, weight: FrozenWeight) -> None:
+        self.name = name
+        self.layer: Any = layer
+        self.owner = owner
+        self.weight = weight
+        self.tied: list[Target] = []
+        """Further adapter layers on the same weight; it is perturbed once, for all of them."""
+        self.first_block = 0
+
+    @classmethod
+    def match(cls, name: str, module: nn.Module) -> Target | None:
+        """The target that ``module`` is, or None if it is of another type.
+
+        Raises:
+            UnsupportedAdapterError: It is of this type but can't be perturbed.
+        """
+        raise NotImplementedError
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the active adapters."""
+        raise NotImplementedError
+
+    def delta(self) -> LowRank | Tensor | None:
+        """The scaled product of all active adapters: low-rank, or dense of the stored shape.
+
+        None when no adapter is active, which leaves the weight unperturbed.
+        """
+        raise NotImplementedError
+
+    @property
+    def sharing(self) -> list[Target]:
+        """This target, and those whose weight is the same."""
+        return [self, *self.tied]
+
+    @property
+    def owners(self) -> list[nn.Module]:
+        return list({id(each.owner): each.owner for each in self.sharing}.values())
+
+    @property
+    def merged(self) -> bool:
+        """Whether an adapter has been written into the base weight."""
+        return any(is_set(each.layer, "merged") for each in self.sharing)
+
+    def check_ties(self) -> None:
+        """Raises RuntimeError unless all layers that shared this weight still do."""
+        for other in self.tied:
+            if other.weight.identity() != self.weight.identity():
+                raise RuntimeError(
+                    f"{self.name} and {other.name} shared a weight when this optimizer was built, and "
+                    "don't any more: build a new FlatLoRAOptimizer"
+                )
+
+    def all_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of all active adapters on this weight."""
+        for sharing in self.sharing:
+            yield from sharing.adapter_parameters()
+
+    def has_gradient(self) -> bool:
+        """Whether an active adapter on this weight has learned anything since the last step."""
+        return any(p.grad is not None and bool(p.grad.any()) for p in self.all_parameters())
+
+    def low_rank(self, left: Tensor, right: Tensor, scaling: float) -> LowRank:
+        """The product, checked.
+
+        Raises:
+            UnsupportedAdapterError: It is not of the weight's shape.
+        """
+        rows, columns = self.weight.rows, self.weight.columns
+        if right.ndim != 2 or left.shape != (rows, right.shape[0]) or right.shape[1] != columns:
+            raise UnsupportedAdapterError(
+                f"{self.name or type(self.layer).__name__}: B @ A has shapes {tuple(left.shape)} @ "
+                f"{tuple(right.shape)}, but the weight has {rows} output neurons and {columns} inputs; check "
+                "lora_A, lora_B (shapes (r, n) and (m, r)) and `transposed`"
+            )
+        return LowRank(left, right, scaling)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {self.weight.kind}, {tuple(self.weight.shape)})"
+
+
+def values_of(part: nn.Module | Tensor, device: torch.device) -> Tensor:
+    """A factor's values, float32, whole also where the parameter is sharded."""
+    tensor: Tensor = part if isinstance(part, Tensor) else part.weight  # type: ignore[assignment]
+    return whole(tensor).to(device, torch.float32)
