@@ -67,7 +67,7 @@ def test_another_thread_does_not_end_a_forward_that_is_under_way(
     model: nn.Module, optimizer: FlatLoRAOptimizer
 ) -> None:
     inner = model.base_model.model
-    with torch.no_grad(), optimizer.perturbed():
+    with optimizer.perturbed():
         expected = inner.fc2(torch.tanh(inner.fc1(BATCH[0])))
 
     def call_from_elsewhere(*_: Any) -> None:
@@ -151,11 +151,12 @@ def test_restoring_what_is_clean_does_nothing(
 def test_a_step_without_noise_warns_once(model: nn.Module, optimizer: FlatLoRAOptimizer) -> None:
     model.eval()
     loss_of(model, BATCH).backward()
-    with pytest.warns(UserWarning, match="without a perturbed forward") as caught:
+    with pytest.warns(UserWarning, match=r"in eval\(\) mode") as caught:
         optimizer.step()
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        loss_of(model, BATCH).backward()
         optimizer.step()
 
 
@@ -220,12 +221,8 @@ def replace(model: nn.Module) -> None:
     model.base_model.model.fc1.base_layer.weight = nn.Parameter(torch.zeros(16, 6), requires_grad=False)
 
 
-def merge(model: nn.Module) -> None:
-    model.base_model.model.fc1.merge()
-
-
 @pytest.mark.parametrize("restore", ["exact", "snapshot", "subtract"])
-@pytest.mark.parametrize("change", [load, write_through_data, cast, replace, merge])
+@pytest.mark.parametrize("change", [load, write_through_data, cast, replace])
 def test_a_weight_that_somebody_else_wrote_is_left_to_them(
     change: Callable[[nn.Module], None], restore: str, model: nn.Module, before: dict[str, Tensor]
 ) -> None:
@@ -246,7 +243,7 @@ def test_a_weight_that_somebody_else_wrote_is_left_to_them(
 
 
 @pytest.mark.parametrize("restore", ["exact", "snapshot", "subtract"])
-@pytest.mark.parametrize("change", [load, write_through_data, cast, merge])
+@pytest.mark.parametrize("change", [load, write_through_data, cast])
 def test_a_weight_that_somebody_else_wrote_is_not_saved(
     change: Callable[[nn.Module], None], restore: str, model: nn.Module
 ) -> None:
@@ -261,7 +258,7 @@ def test_a_weight_that_somebody_else_wrote_is_not_saved(
 def test_a_forgotten_optimizer_tells_of_a_weight_that_somebody_else_wrote(model: nn.Module) -> None:
     optimizers = [flatlora(model)]
     loss_of(model, BATCH).backward()
-    merge(model)
+    load(model)
     with pytest.warns(UserWarning, match="fc1.*was written while it carried noise"):
         optimizers.clear()
 
@@ -318,15 +315,47 @@ def test_at_most_three_changed_weights_are_named(changed: int) -> None:
         optimizer.restore()
 
 
-def test_merging_an_adapter_that_is_still_zero_is_noticed(model: nn.Module) -> None:
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_merge_in_the_middle_of_a_step_finds_clean_weights(
+    zero: bool, model: nn.Module, before: dict[str, Tensor]
+) -> None:
+    layer = model.base_model.model.fc1
     with torch.no_grad():
         for parameter in trainable(model):
-            parameter.zero_()
+            parameter.mul_(not zero)
     optimizer = flatlora(model)
-    optimizer.perturb()
-    model.base_model.model.fc1.merge()
-    with pytest.raises(WeightChangedError, match="fc1"):
-        optimizer.restore()
+    loss_of(model, BATCH).backward()
+    clean = before["base_model.model.fc1.base_layer.weight"].view(torch.float32)
+    right = clean + layer.get_delta_weight("default")
+    merged = model.merge_and_unload()
+    assert not optimizer.is_perturbed
+    assert torch.equal(merged.fc1.weight, right)
+    assert torch.equal(merged.state_dict()["fc1.weight"], right)
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("look", ["restore", "state_dict", "eval", "step", "close"])
+def test_noise_is_subtracted_after_a_merge_that_was_not_seen_coming(
+    look: str, safe: bool, model: nn.Module, before: dict[str, Tensor]
+) -> None:
+    layer = model.base_model.model.fc1
+    optimizer = flatlora(model)
+    loss_of(model, BATCH).backward()
+    clean = before["base_model.model.fc1.base_layer.weight"].view(torch.float32)
+    right = clean + layer.get_delta_weight("default").detach()
+    type(layer).merge(layer, safe_merge=safe)
+    actions: dict[str, Callable[[], object]] = {
+        "restore": optimizer.restore,
+        "state_dict": model.state_dict,
+        "eval": lambda: model.eval()(BATCH[0]),
+        "step": optimizer.step,
+        "close": optimizer.close,
+    }
+    with pytest.warns(UserWarning, match="fc1: an adapter was merged into the weight while it carried noise"):
+        actions[look]()
+    optimizer.close()
+    torch.testing.assert_close(layer.base_layer.weight.detach(), right, rtol=1e-5, atol=1e-6)
+    assert {name for name in changed_weights(model, before) if "fc1" not in name} == set()
 
 
 def test_a_merged_model_is_left_alone(model: nn.Module, optimizer: FlatLoRAOptimizer) -> None:
@@ -434,8 +463,8 @@ def test_an_interrupted_forward_leaves_evaluation_clean_wherever_it_begins(
     handle = inner.fc2.register_forward_pre_hook(look_around)
     with pytest.raises(KeyboardInterrupt):
         model(BATCH[0])
-    for output in seen:  # the outermost forward decides, and was under way
-        assert not torch.equal(output, clean_output(before))
+    for output in seen:  # a pass without gradients is clean, wherever it begins
+        assert torch.equal(output, clean_output(before))
     with torch.no_grad():
         assert torch.equal(inner(BATCH[0]), clean_output(before))
     train_automatic(model, optimizer, BATCH)

@@ -9,6 +9,8 @@
 ``threads``  work on several threads
 ===========  ========================================================================
 
+``uncompiled`` keeps functions from being compiled, here and above.
+
 Each makes standard-normal numbers of its own; with the same numbers and scales, all of them add and
 take away the same bits.
 """

@@ -49,6 +49,10 @@ class Noise:
         """The noise of the target's weight, with these standard deviations in its rows."""
         return cls(source, key, target.weight.grid(target.first_block), scales, target.weight.row_dim)
 
+    def negated(self) -> Noise:
+        """What takes this noise away, up to rounding."""
+        return type(self)(self.source, self.key, self.grid, -self.scales, self.row_dim)
+
     @property
     def can_be_fused(self) -> bool:
         """Whether ``scale * z`` of whole rows is all there is to the noise, so that kernels can make

@@ -3,7 +3,8 @@
 ================  ======================================================================
 ``flatlora``      :class:`.FlatLoRAOptimizer`: noise around a step
 ``hooks``         the automatic style: which forwards see noise, and which clean weights
-``diagnostics``   what a step tells of noise that was not there
+``other_steps``   steps of the same adapters by somebody else
+``diagnostics``   what is told of noise that is not there
 ``schedule``      how the noise grows over training: ``sigma_t``
 ``state``         step, seed, sigma and schedule, and how a checkpoint carries them
 ``param_groups``  where they lie: in the param groups of the base

@@ -1,62 +1,181 @@
-"""What a step tells of noise that was not there: nothing is silently done without."""
+"""What is told of noise that is not there: nothing is silently done without."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+from torch import Tensor, nn
+
+from ..noise import Noise
+from ..perturbation import Perturbation
 from ..targets import Target, sharding
+from .hooks import Forwards
 from .param_groups import SIGMA
 
-_CLOSED = (
+_NO_NOISE = "so this was a plain LoRA step. "
+_OTHERWISE = (
+    "Call the model that was passed to FlatLoRAOptimizer, in train() mode and with gradients enabled, or "
+    "use step(closure) or `with optimizer.perturbed():`"
+)
+CLOSED = (
     "this step had no noise: the FlatLoRAOptimizer was closed, by close() or by a newer one for the same "
     "adapters. Use that one, or build another"
 )
-_NO_NOISE = (
-    "optimizer.step() came without a perturbed forward since the last step, so this was a plain LoRA "
-    "step. Call the model that was passed to FlatLoRAOptimizer, in train() mode and with gradients "
-    "enabled, or use step(closure) or `with optimizer.perturbed():`"
+NO_FORWARD = f"optimizer.step() came without a perturbed forward since the last step, {_NO_NOISE}{_OTHERWISE}"
+IN_EVAL = (
+    f"the forwards of this step were in eval() mode, {_NO_NOISE}Call train() on the model, or build "
+    'FlatLoRAOptimizer(..., auto="grad"), for which every forward with gradients sees noise'
 )
-_UNSEEN = (
+IN_TRANSFORM = (
+    f"the forwards of this step were inside of torch.func (functional_call, grad, vmap), {_NO_NOISE}"
+    "Noise can't come in there: use `with optimizer.perturbed():` around it"
+)
+UNSEEN = (
     "the adapters learn without noise, because the frozen layer's own forward never ran, as when a fused "
     "kernel reads its weight. Switch that kernel off, or perturb a dense weight in place"
 )
-_LATE = (
+LATE = (
     "the adapters learn without noise, because they became active after the first forward of the step. "
     "Switch adapters between steps"
 )
+REPLACED = (
+    "the model's adapters are not those in the optimizer, so that nothing would be learned: something has "
+    "put new tensors in their place, as PEFT does when it loads a checkpoint over adapters of another dtype. "
+    "Build the base optimizer and the FlatLoRAOptimizer after that"
+)
 
 
-def complaint_of(optimizer: Any) -> tuple[str, str] | None:
-    """The layers that the step that ends now left without noise, and why; None if all is well."""
-    noises = optimizer._noises or ()
-    if not optimizer._finalizer.alive:
-        return "", _CLOSED
+class Adapters:
+    """The adapters' parameters that the optimizer was built for.
+
+    Args:
+        optimized: The ids of the parameters in the base optimizer.
+    """
+
+    def __init__(self, targets: Iterable[Target], optimized: set[int]) -> None:
+        layers = (sharing.layer for target in targets for sharing in target.sharing)
+        inside = (p for layer in layers for p in layer.parameters())
+        found = {id(p): p for p in inside} | {id(p): p for t in targets for p in t.all_parameters()}
+        self._known = [weakref.ref(p) for number, p in found.items() if number in optimized]
+
+    def ids(self) -> set[int]:
+        """Those of the parameters that are still there."""
+        return {id(p) for reference in self._known if (p := reference()) is not None}
+
+    def were_replaced(self, model: nn.Module, targets: Iterable[Target]) -> bool:
+        """Whether the model has adapters that learn, but none of those."""
+        present = {id(parameter) for parameter in model.parameters()}
+        if not present.isdisjoint(self.ids()):
+            return False
+        now = (p for target in targets for p in target.all_parameters())
+        return any(p.requires_grad and id(p) in present for p in now)
+
+
+def complaint_of_step(
+    noises: Sequence[Noise | None],
+    perturbations: Sequence[Perturbation],
+    sigmas: Callable[[], Sequence[float]],
+    forwards: Forwards,
+) -> tuple[str, str] | None:
+    """The layers that the step that ends now left without noise, and why; None if all is well.
+
+    Args:
+        noises: One for each perturbation. Empty if none was drawn.
+        sigmas: Returns the peak sigma of each.
+    """
     if not any(noises):
-        sigma = max((group[SIGMA] for group in optimizer.param_groups), default=0.0)
-        return ("", _NO_NOISE) if sigma > 0 and sigma * optimizer._factor > 0 else None
-    if unseen := _unseen(optimizer):
-        return _names(unseen), _UNSEEN
-    if None in noises and (late := _late(optimizer)):
-        return _names(late), _LATE
-    return None
+        reason = NO_FORWARD
+        if forwards.in_eval:
+            reason = IN_EVAL
+        elif forwards.in_transform:
+            reason = IN_TRANSFORM
+        return "", reason
+    if unseen := _unseen(noises, perturbations):
+        return _names(unseen), UNSEEN
+    if None not in noises:
+        return None
+    targets = (perturbation.target for perturbation in perturbations)
+    late = [
+        target
+        for target, noise, sigma in zip(targets, noises, sigmas(), strict=True)
+        if noise is None and sigma > 0 and not target.merged and target.has_gradient()
+    ]
+    return (_names(late), LATE) if late else None
 
 
-def _unseen(optimizer: Any) -> list[Target]:
+def _unseen(noises: Sequence[Noise | None], perturbations: Sequence[Perturbation]) -> list[Target]:
     """The targets that have learned, but whose noise was never looked at."""
-    pairs = zip(optimizer._weights.perturbations, optimizer._noises or (), strict=True)
-    noisy = [perturbation for perturbation, noise in pairs if noise is not None]
-    if sharding.in_a_group() and any(perturbation.was_seen for perturbation in noisy):
+    noisy = [each for each, noise in zip(perturbations, noises, strict=True) if noise is not None]
+    if sharding.in_a_group() and any(each.was_seen for each in noisy):
         return []  # the gradient of a layer that did not run here may be that of others
     return [each.target for each in noisy if not each.was_seen and each.target.has_gradient()]
 
 
-def _late(optimizer: Any) -> list[Target]:
-    """The targets that have learned, but were not there yet when the noise was drawn."""
-    pairs = zip(optimizer.targets, optimizer._noises or (), strict=True)
-    without = [target for target, noise in pairs if noise is None and not target.merged]
-    sigmas = zip(without, optimizer._sigmas(without), strict=True)
-    return [target for target, sigma in sigmas if sigma > 0 and target.has_gradient()]
+class Coverage(NamedTuple):
+    """How much of what the base optimizer trains has noise."""
+
+    noisy: int
+    """Matrices that belong to the adapters of a perturbed weight."""
+    trained: int
+    """All matrices in the base optimizer."""
+    elements: int
+    """Elements of the perturbed weights."""
+
+    def __str__(self) -> str:
+        share = self.noisy / max(1, self.trained)
+        return f"noise for {self.noisy} of {self.trained} trained matrices ({share:.0%})"
+
+
+def coverage(targets: Sequence[Target], parameters: Sequence[Tensor]) -> Coverage:
+    """Counts the trained parameters of two and more dims, and those that belong to the targets."""
+    covered = {id(p) for target in targets for p in target.all_parameters()}
+    trained = [p for p in parameters if p.ndim > 1]
+    return Coverage(
+        sum(id(p) in covered for p in trained),
+        len(trained),
+        sum(target.weight.shape.numel() for target in targets),
+    )
+
+
+def complaints_of_build(
+    model: nn.Module, targets: Sequence[Target], groups: Sequence[dict[str, Any]], own_sigma: Sequence[bool]
+) -> Iterator[str]:
+    """What a new optimizer tells of adapters and settings that it will leave without noise.
+
+    Args:
+        groups: The base optimizer's.
+        own_sigma: Which of them came with a sigma of their own.
+    """
+    parameters = [p for group in groups for p in group["params"]]
+    if pairs := list(_foreign_pairs(model, parameters)):
+        shapes = ", ".join(f"{tuple(a.shape)} and {tuple(b.shape)}" for a, b in pairs[:2])
+        yield (
+            f"base trains {len(pairs)} pairs of matrices that look like LoRA ({shapes}"
+            f"{' …' if pairs[2:] else ''}), but belong to no module of `model`, so they learn without noise: "
+            f"{coverage(targets, parameters)}. If another model is trained, too, pass both: "
+            "FlatLoRAOptimizer(base, [unet, text_encoder], ...)"
+        )
+    covered = {id(p) for target in targets for p in target.all_parameters()}
+    for number, (group, is_own) in enumerate(zip(groups, own_sigma, strict=True)):
+        if is_own and covered.isdisjoint(id(p) for p in group["params"]):
+            yield (
+                f"param group {number} has sigma={group[SIGMA]}, but no parameter of a perturbed adapter is "
+                f"in it (it has {len(group['params'])} parameters). Look at the names in "
+                "model.named_parameters() that the group was picked by"
+            )
+
+
+def _foreign_pairs(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Neighbours of shapes ``(r, n)`` and ``(m, r)``, of low rank, that are not the model's."""
+    own = {id(p) for p in model.parameters()}
+    matrices = [p for p in parameters if p.ndim == 2 and id(p) not in own]
+    for a, b in pairwise(matrices):
+        rank = a.shape[0]
+        if b.shape[1] == rank and 2 * rank <= min(a.shape[1], b.shape[0]):
+            yield a, b
 
 
 def _names(targets: Iterable[Target]) -> str:

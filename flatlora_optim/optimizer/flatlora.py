@@ -5,10 +5,11 @@ A step's noise is drawn once, by its first perturbation, and is the same until `
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -19,15 +20,16 @@ from torch.optim import Optimizer
 from ..noise import Noise, NoiseKey, NoiseSource, noise_source
 from ..perturbation import RESTORE_MODES, NoisyWeights, choose_perturbations
 from ..targets import Target, sharding
-from . import hooks
+from . import diagnostics, hooks, other_steps
 from .checks import check_choice
-from .diagnostics import complaint_of
-from .param_groups import SIGMA, initial_state, take_state
+from .param_groups import SCHEDULE, SIGMA, initial_state, take_state
 from .schedule import Schedule
 from .state import NoiseState
 from .wrapper import changes_nothing, check_base
 
 Closure = Callable[[], Any]
+
+_INSIDE_CLEAN = "perturb() inside clean(): leave the `with optimizer.clean():` block first"
 
 
 class FlatLoRAOptimizer(NoiseState):
@@ -44,7 +46,8 @@ class FlatLoRAOptimizer(NoiseState):
 
     Args:
         base: The optimizer that updates the adapters.
-        model: The model that holds the adapters; the one whose forward is called in training.
+        model: The model that holds the adapters; the one whose forward is called in training. Or
+            several models, whose adapters ``base`` trains together.
         sigma: Noise strength relative to the norm of each row. 0.05 is usual for LLMs, up to
             0.15 elsewhere. Param groups may carry their own ``"sigma"``.
         total_steps: Optimizer steps of the whole run, for ``"cosine"`` and ``"linear"``.
@@ -52,8 +55,8 @@ class FlatLoRAOptimizer(NoiseState):
         schedule: ``"cosine"`` from 0 to sigma (the paper's), ``"linear"``, ``"constant"``, or a
             callable that maps the step to a factor on sigma.
         seed: The only source of the noise; the global generators are never touched.
-        auto: Whether training forwards of ``model`` perturb by themselves. Without it, use
-            ``step(closure)`` or :meth:`perturbed`.
+        auto: Whether training forwards of ``model`` perturb by themselves. ``"grad"``: also those in
+            eval mode, if they record gradients. Without it, use ``step(closure)`` or :meth:`perturbed`.
         mode: ``"in_place"`` writes the noise into dense weights, ``"virtual"`` adds it in the
             forward of the frozen layer, ``"auto"`` does the first where it can.
         restore: How in-place noise is taken away: ``"exact"`` (seed and journal),
@@ -89,21 +92,25 @@ class FlatLoRAOptimizer(NoiseState):
     def __init__(
         self,
         base: Optimizer,
-        model: nn.Module,
+        model: nn.Module | Sequence[nn.Module],
         *,
         sigma: float,
         total_steps: int | Literal["deferred"] | None = None,
         schedule: str | Schedule = "cosine",
         seed: int = 0,
-        auto: bool = True,
+        auto: bool | Literal["grad"] = True,
         mode: Literal["auto", "in_place", "virtual"] = "auto",
         restore: Literal["exact", "snapshot", "subtract"] = "exact",
         noise: str | NoiseSource = "gaussian",
         rank_noise: Literal["independent", "shared"] = "independent",
     ) -> None:
         check_base(base)
+        if isinstance(model, (list, tuple)) and model and all(isinstance(m, nn.Module) for m in model):
+            model = nn.ModuleList(model)
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+            raise TypeError(f"model must be a torch.nn.Module or a list of some, got {type(model).__name__}")
+        if auto not in (True, False):
+            check_choice("auto", auto, ("grad",))
         check_choice("mode", mode, ("auto", "in_place", "virtual"))
         check_choice("restore", restore, RESTORE_MODES)
         check_choice("rank_noise", rank_noise, ("independent", "shared"))
@@ -112,6 +119,7 @@ class FlatLoRAOptimizer(NoiseState):
             base.param_groups, sigma=sigma, seed=seed, total_steps=total_steps, schedule=schedule
         )
         optimized = {id(p) for group in base.param_groups for p in group["params"]}
+        own_sigma = [SIGMA in group for group in base.param_groups]
         perturbations, found = choose_perturbations(model, optimized, mode, restore)
 
         # Nothing has been changed up to here, and nothing below fails.
@@ -133,18 +141,21 @@ class FlatLoRAOptimizer(NoiseState):
             "rank_noise": rank_noise,
         }
         self._weights: NoisyWeights = NoisyWeights(model, perturbations)
-        self._forwards = hooks.Forwards(self._weights, self._put_noise_on)
+        self._adapters = diagnostics.Adapters(self._weights.targets, optimized)
+        self._forwards = hooks.Forwards(self._weights, self._put_noise_on, auto == "grad")
         self._noises: list[Noise | None] | None = None
         self._perturbing: object = None  # changes with each one who puts noise on
-        self._told: set[str] = set()  # complaints
+        self._warned_of: set[str] = set()
         self._resolution_checked = self._steps_base = False
 
-        handles = [*hooks.hook_state_dicts(self, model), *hooks.hook_base(self, base)]
+        handles = [*hooks.hook_state_dicts(self, model), *hooks.hook_merges(self), other_steps.watch(self)]
         if auto:
             handles += hooks.hook_forwards(self, model)
         self._finalizer = weakref.finalize(self, hooks.release, perturbations, handles)
         if found.skipped:
             warnings.warn(f"Flat-LoRA leaves these adapters unperturbed:\n{found.report()}", stacklevel=2)
+        for complaint in diagnostics.complaints_of_build(model, self.targets, self.param_groups, own_sigma):
+            warnings.warn(complaint, stacklevel=2)
 
     # ------------------------------------------------------------------ perturbing
 
@@ -153,6 +164,15 @@ class FlatLoRAOptimizer(NoiseState):
         """Whether the frozen weights carry noise right now. They never do in a step of strength 0, as the
         first one of ``"cosine"`` and ``"linear"``."""
         return self._weights.is_perturbed and not self._weights.is_suspended
+
+    @property
+    def makes_noise(self) -> bool:
+        """Whether there is noise in the step that is under way, or will be by itself."""
+        return any(self._noises or ()) or (bool(self._options["auto"]) and self._peak_sigma > 0)
+
+    @property
+    def _peak_sigma(self) -> float:
+        return max((float(group[SIGMA]) for group in self._filled_groups()), default=0.0)
 
     def perturb(self) -> None:
         """Puts this step's noise on the frozen weights.
@@ -168,7 +188,7 @@ class FlatLoRAOptimizer(NoiseState):
         self._perturbing = object()
         self._forwards.resume()
         if self._weights.is_suspended:
-            raise RuntimeError("perturb() inside clean(): leave the `with optimizer.clean():` block first")
+            raise RuntimeError(_INSIDE_CLEAN)
         if not self._weights.is_perturbed:
             self._put_noise_on()
         self._forwards.explicit = True
@@ -196,6 +216,8 @@ class FlatLoRAOptimizer(NoiseState):
             ...     model(x).square().mean().backward()
             >>> optimizer.step()
         """
+        if self._weights.is_suspended and not self._forwards.is_observed:
+            raise RuntimeError(_INSIDE_CLEAN)
         if self._forwards.explicit and not self._weights.is_suspended:
             yield self
             return
@@ -270,6 +292,7 @@ class FlatLoRAOptimizer(NoiseState):
                 the same noise.
         """
         self._forwards.running.clear()
+        self._check_adapters()
         if closure is None:
             self.restore()
             loss = self._step_base()
@@ -281,28 +304,56 @@ class FlatLoRAOptimizer(NoiseState):
         self._end_step()
         return loss
 
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return functools.partial(self._second_step, value) if name == "second_step" else value
+
+    def _second_step(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """SAM in two calls: ``first_step`` leaves the noise on, and the update is in ``second_step``."""
+        self._forwards.running.clear()
+        self.restore()
+        result = self._step_base(*args, method=method, **kwargs)
+        self._end_step()
+        return result
+
+    def _check_adapters(self) -> None:
+        """Raises RuntimeError if the step would update parameters that are no longer the model's."""
+        if not any(self._noises or ()) and self._adapters.were_replaced(self._model, self.targets):
+            self.restore()
+            raise RuntimeError(diagnostics.REPLACED)
+
     def _call_perturbed(self, closure: Closure) -> Any:
         self._forwards.explicit = False  # the noise of a `perturb()` before ends with this step
         with torch.enable_grad(), self.perturbed():
             return closure()
 
-    def _step_base(self, *closure: Closure) -> Any:
+    def _step_base(self, *args: Any, method: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         try:
             self._steps_base = True
-            return self.base.step(*closure)
+            return (method or self.base.step)(*args, **kwargs)
         finally:
             self._steps_base = False
 
     def _end_step(self) -> None:
         if self._noises is None and changes_nothing(self.param_groups):
             return
-        found = complaint_of(self)
-        if found is not None and found[1] not in self._told:
-            self._told.add(found[1])
-            warnings.warn("".join(found), stacklevel=4)
+        self._warn_of_missing_noise()
         # Before it is counted: an interrupt in between must not carry noise over to the next step.
         self._noises, self._perturbing = None, None
+        self._forwards.step_ends()
         self._count_step()
+
+    def _warn_of_missing_noise(self) -> None:
+        noises, complaint = self._noises or (), None
+        if not self._finalizer.alive:
+            complaint = "", diagnostics.CLOSED
+        elif any(noises) or (self._peak_sigma > 0 and self._factor > 0):
+            complaint = diagnostics.complaint_of_step(
+                noises, self._weights.perturbations, lambda: self._sigmas(self.targets), self._forwards
+            )
+        if complaint is not None and complaint[1] not in self._warned_of:
+            self._warned_of.add(complaint[1])
+            warnings.warn("".join(complaint), stacklevel=5)
 
     def _drop_noise(self) -> None:
         self._noises = None
@@ -363,13 +414,22 @@ class FlatLoRAOptimizer(NoiseState):
             )
 
     def __repr__(self) -> str:
-        counts = Counter((p.target.weight.kind, p.mode) for p in self._weights.perturbations)
-        lines = [f"  {n} {kind} weights: {how}" for (kind, how), n in sorted(counts.items())]
-        lines += [f"  {len(self.skipped)} adapters skipped (see .skipped)"] if self.skipped else []
-        lines += [f"  noise: {self._noise_description()}"]
-        head = f"step {self.step_count} of {self.total_steps or '?'}, seed {self.seed}"
-        body = "\n".join(lines)
-        return f"{type(self).__name__} ({head}\n{body}\n  base: {self.base}\n)"
+        perturbations = self._weights.perturbations
+        counts = Counter((p.target.weight.kind, p.mode) for p in perturbations)
+        how = ", ".join(f"{n} {kind} {mode}" for (kind, mode), n in sorted(counts.items()))
+        trained = [p for group in self.param_groups for p in group["params"]]
+        covered = diagnostics.coverage(self.targets, trained)
+        skipped = f"{len(self.skipped)} adapters (see .skipped)" if self.skipped else "-"
+        return (
+            f"{type(self).__name__}(\n"
+            f"  perturbed: {len(perturbations)} of {len(perturbations) + len(self.skipped)} adapted "
+            f"matrices, {covered.elements:,} elements ({how}); {covered}\n"
+            f"  not perturbed: {skipped}\n"
+            f"  noise: {self._noise_description()}; sigma {self._settings()['sigma']}, "
+            f"schedule {self.param_groups[0][SCHEDULE]}\n"
+            f"  step {self.step_count} of {self.total_steps or '?'}, seed {self.seed}\n"
+            f"  base: {type(self.base).__name__}\n)"
+        )
 
 
 def _rebuilt(

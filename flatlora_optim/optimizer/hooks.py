@@ -6,22 +6,22 @@ import sys
 import threading
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from types import FrameType
+from types import FrameType, MethodType
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.autograd.function import FunctionCtx
 from torch.utils.hooks import RemovableHandle
 
+from ..kernels.uncompiled import uncompiled
 from ..perturbation import NoisyWeights, Perturbation, change_noticed, clean_copy, forget_changed, remove_all
 from ..targets import Target, sharding
-from .wrapper import changes_nothing
 
 _CALL = nn.Module._call_impl.__code__
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class Forwards:
@@ -30,26 +30,31 @@ class Forwards:
     Args:
         weights: Perturbed, suspended and resumed as forwards begin and end.
         perturb: Draws the step's noise and puts it on.
+        by_gradient: Whether forwards in eval mode see noise, too, if they record gradients.
     """
 
-    def __init__(self, weights: NoisyWeights, perturb: Callable[[], None]) -> None:
+    def __init__(self, weights: NoisyWeights, perturb: Callable[[], None], by_gradient: bool = False) -> None:
         self._weights = weights
         self._perturb = weakref.WeakMethod(perturb)
+        self._by_gradient = by_gradient
         self.running: list[nn.Module] = []
-        """The watched modules whose forwards are under way, outermost first."""
+        """The entrances whose forwards are under way, outermost first."""
         self._thread = 0
         self.explicit = False
         """Whether the user put the noise on, who may train in eval mode then."""
-        self._suspended = False
+        self._suspended_for: nn.Module | None = None
+        self.in_eval: list[nn.Module] = []
+        """The entrances that could have trained in this step, but ran in eval mode."""
+        self.in_transform = False
+        """Whether a forward of this step ran inside of ``torch.func``."""
 
     def begins(self, module: nn.Module) -> None:
-        """To be called before the forward of a watched module: it finds noise, or clean weights."""
-        if self.running and self._thread == threading.get_ident() and not _is_under_way(self.running[0]):
-            self.running.clear()  # an interrupt kept it from ending
-        if module in self.running:
-            del self.running[self.running.index(module) :]  # likewise
+        """To be called before the forward of an entrance: it finds noise, or clean weights."""
+        if self.running and self._thread == threading.get_ident():
+            self._drop_interrupted(module)
         self.running.append(module)
         if len(self.running) > 1:
+            self._inside(module, self._trains)
             return
         self._thread = threading.get_ident()
         self.resume()
@@ -58,23 +63,56 @@ class Forwards:
         if self._sees_noise(module):
             perturb = self._perturb()
             if not self._weights.is_perturbed and perturb is not None:
+                self._warn_of_eval()
                 perturb()
         elif self._weights.is_perturbed:
-            self._suspended = True
-            self._weights.suspend()
+            self._suspend_for(module)
 
     def ends(self, module: nn.Module, failed: bool) -> None:
         """To be called after it: what was suspended for it comes back, and after a failure no noise stays."""
         if module not in self.running:
             return
-        del self.running[self.running.index(module) :]
-        if self.running:
+        last = len(self.running) - 1 - self.running[::-1].index(module)
+        del self.running[last:]
+        if self.running and self._suspended_for is not module:
             return
-        if self._suspended:
+        if self._suspended_for is not None:
             self.resume()
         elif failed and self._weights.is_perturbed and not self.explicit:
             self.reset()
             self._weights.restore()
+
+    def layer_begins(self, layer: nn.Module, target: Target) -> None:
+        """To be called before the forward of an adapter layer.
+
+        A teacher or reference may begin anywhere inside of a forward that trains. What it begins with is
+        clean again; noise comes back with the next layer that trains, or when the forward ends.
+        """
+        if not self._weights.is_perturbed:
+            return
+        self._inside(layer, lambda: next(target.all_parameters(), None) is not None)
+        if self._suspended_for is layer and not self.running:
+            # Called by itself, or in a recomputation: nothing else would bring the noise back.
+            handle: list[RemovableHandle] = []
+
+            def ended(*_: Any) -> None:
+                handle[0].remove()
+                if self._suspended_for is layer:
+                    self.resume()
+
+            handle.append(layer.register_forward_hook(ended, always_call=True))
+
+    def _inside(self, module: nn.Module, trains: Callable[[], bool]) -> None:
+        """What begins inside of another forward sees noise only if it trains."""
+        elsewhere = self.running and self._thread != threading.get_ident()
+        if not self._weights.is_perturbed or elsewhere:
+            return
+        if self._records() and trains():
+            # Not if the outermost forward is that of a clean observer.
+            if not self.running or self._suspended_for is not self.running[0]:
+                self.resume()
+        elif not self._weights.is_suspended and not self._is_sharded():
+            self._suspend_for(module)
 
     def check_replica(self, module: nn.Module) -> None:
         """Raises RuntimeError if the replica should see noise, but was copied from clean weights."""
@@ -85,24 +123,107 @@ class Forwards:
                 "the process a single GPU (`CUDA_VISIBLE_DEVICES=0`)"
             )
 
+    @property
+    def is_observed(self) -> bool:
+        """Whether a clean observer's forward is under way."""
+        return self._suspended_for is not None
+
     def resume(self) -> None:
         """Puts the noise on again that the forward of a clean observer had suspended."""
-        if self._suspended:
-            self._suspended = False
+        if self._suspended_for is not None:
+            self._suspended_for = None
             self._weights.resume()
 
     def reset(self) -> None:
         """The weights are restored for another reason."""
         self.running.clear()
-        self._suspended = self.explicit = False
+        self._suspended_for, self.explicit = None, False
+
+    def step_ends(self) -> None:
+        """Forgets what the step's forwards were like."""
+        self.in_eval.clear()
+        self.in_transform = False
+
+    def _suspend_for(self, module: nn.Module) -> None:
+        self._suspended_for = module
+        self._weights.suspend()
+
+    def _is_sharded(self) -> bool:
+        # FSDP2 would have to gather its weights anew in the middle of a forward.
+        return next(sharding.fsdp_modules(self._weights.model), None) is not None
 
     def _sees_noise(self, module: nn.Module) -> bool:
         """Evaluation, no_grad and a reference pass without adapters see clean weights."""
-        return (
-            (module.training or self.explicit)
-            and torch.is_grad_enabled()
-            and any(True for target in self._weights.targets for _ in target.all_parameters())
-        )
+        if not (self._records() and self._trains()):
+            return False
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            self.in_transform = True
+            return self.explicit
+        if module.training or self.explicit or self._by_gradient:
+            return True
+        if not any(module is other for other in self.in_eval):
+            self.in_eval.append(module)
+        return False
+
+    def _records(self) -> bool:
+        """Whether gradients are recorded, or will be by the recomputation of reentrant checkpointing."""
+        return torch.is_grad_enabled() or _in_autograd_function()
+
+    def _trains(self) -> bool:
+        return any(True for target in self._weights.targets for _ in target.all_parameters())
+
+    def _warn_of_eval(self) -> None:
+        still = [module for module in self.in_eval if not module.training]
+        if still:
+            warnings.warn(
+                f"{type(still[0]).__name__} ran in eval() mode with gradients, and so without noise, which "
+                "comes now. If the loss goes through both, its backward pass fails, because 'a variable has "
+                "been modified by an inplace operation'. Train it in train() mode, or build "
+                'FlatLoRAOptimizer(..., auto="grad")',
+                stacklevel=2,
+            )
+
+    def _drop_interrupted(self, module: nn.Module) -> None:
+        """Forgets forwards that an interrupt kept from ending.
+
+        Args:
+            module: Whose forward begins now. It may be under way further out already.
+        """
+        under_way = _modules_under_way()
+        if under_way is None:
+            return
+        under_way[id(module)] -= 1
+        for i, running in enumerate(self.running):
+            if under_way[id(running)] < 1:
+                del self.running[i:]
+                return
+            under_way[id(running)] -= 1
+
+
+def _modules_under_way() -> Counter[int] | None:
+    """How often each module's forward is on the stack. None in compiled code, where that can't be seen."""
+    counts: Counter[int] = Counter()
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code is _CALL:
+            counts[id(frame.f_locals.get("self"))] += 1
+        elif code.co_name == _CALL.co_name or code.co_name.startswith("torch_dynamo"):
+            return None
+        frame = frame.f_back
+    return counts
+
+
+def _in_autograd_function() -> bool:
+    """Whether gradients are off because the forward of an ``autograd.Function`` is under way, as in
+    reentrant checkpointing, and not because the user said so."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
+            return isinstance(frame.f_locals.get("ctx"), FunctionCtx)
+        frame = frame.f_back
+    return False
 
 
 class Owner(Protocol):
@@ -111,12 +232,12 @@ class Owner(Protocol):
     param_groups: list[dict[str, Any]]
     _weights: NoisyWeights
     _forwards: Forwards
-    _steps_base: bool
 
     @property
     def is_perturbed(self) -> bool: ...
     @property
     def targets(self) -> list[Target]: ...
+    def restore(self) -> None: ...
     def clean(self) -> AbstractContextManager[None]: ...
     def close(self) -> None: ...
 
@@ -127,11 +248,11 @@ class _ModelHook:
     def __init__(self, optimizer: Owner) -> None:
         self._optimizer = weakref.ref(optimizer)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Detached:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         self._refuse_while_perturbed("copy")
         return Detached()
 
-    def __reduce__(self) -> tuple[type[Detached], tuple[()]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         self._refuse_while_perturbed("pickle")
         return Detached, ()
 
@@ -151,8 +272,8 @@ class Detached:
         return None
 
 
-class _Before(_ModelHook):
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+class _BeforeForward(_ModelHook):
+    @uncompiled
     def __call__(self, module: nn.Module, args: Any) -> None:
         if (optimizer := self._optimizer()) is not None and not _in_backward():
             if _is_replica(module):
@@ -162,8 +283,8 @@ class _Before(_ModelHook):
                 optimizer._forwards.begins(module)
 
 
-class _After(_ModelHook):
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+class _AfterForward(_ModelHook):
+    @uncompiled
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if (optimizer := self._optimizer()) is not None and not _in_backward() and not _is_replica(module):
             # torch calls the hook without an output for an exception on its way out.
@@ -171,24 +292,23 @@ class _After(_ModelHook):
             optimizer._forwards.ends(module, failed)
 
 
+class _BeforeLayer(_ModelHook):
+    def __init__(self, optimizer: Owner, target: Target) -> None:
+        super().__init__(optimizer)
+        self._target = weakref.ref(target)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # it must not break the graph at each layer
+        optimizer, target = self._optimizer(), self._target()
+        if optimizer is not None and target is not None and not _is_replica(module):
+            optimizer._forwards.layer_begins(module, target)
+
+
 def _in_backward() -> bool:
     """Whether a forward is a recomputation, which must see what the first one saw, and which
     checkpointing ends early by an exception of its own."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _is_under_way(module: nn.Module) -> bool:
-    """Whether the module's forward is on the stack. In compiled code it can't be seen, and is taken to be."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        code = frame.f_code
-        if code is _CALL:
-            if frame.f_locals.get("self") is module:
-                return True
-        elif code.co_name == _CALL.co_name or code.co_name.startswith("torch_dynamo"):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _is_replica(module: nn.Module) -> bool:
@@ -210,22 +330,69 @@ class _CleanStateDict(_ModelHook):
                     state[key] = clean
 
 
-def hook_forwards(optimizer: Owner, model: nn.Module) -> list[RemovableHandle]:
-    """Watches each module through which a whole forward may begin.
+class _BeforeMerge(_ModelHook):
+    """Stands before the ``merge`` of an adapter layer: what is merged into must carry no noise."""
+
+    def __init__(self, optimizer: Owner, layer: nn.Module) -> None:
+        super().__init__(optimizer)
+        self._layer = weakref.ref(layer)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if (optimizer := self._optimizer()) is not None:
+            optimizer.restore()
+        return _merge_of(self._layer())(*args, **kwargs)
+
+    # In copies, the method is that of the copied layer.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        self._refuse_while_perturbed("copy")
+        return _merge_of(memo[id(self._layer())])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._refuse_while_perturbed("pickle")
+        return _merge_of, (self._layer(),)
+
+
+def _merge_of(layer: Any) -> Any:
+    return MethodType(type(layer).merge, layer)
+
+
+class _Unhook:
+    """Takes a ``_BeforeMerge`` away again."""
+
+    def __init__(self, layer: nn.Module, hook: _BeforeMerge) -> None:
+        self._layer, self._hook = weakref.ref(layer), hook
+
+    def remove(self) -> None:
+        layer = self._layer()
+        if layer is not None and layer.__dict__.get("merge") is self._hook:
+            del layer.__dict__["merge"]
+
+
+class Handle(Protocol):
+    """What takes a hook away again."""
+
+    def remove(self) -> None: ...
+
+
+def hook_forwards(optimizer: Owner, model: nn.Module) -> list[Handle]:
+    """Watches each module through which a whole forward may begin, and each adapter layer.
 
     The pre-hooks come first of all: FSDP gathers a module's shards in a pre-hook of its own, and
     must find the noise in them.
     """
-    before, after = _Before(optimizer), _After(optimizer)
-    handles = []
-    layers = {id(sharing.layer) for target in optimizer.targets for sharing in target.sharing}
-    for module in entrances(model, layers):
+    before, after = _BeforeForward(optimizer), _AfterForward(optimizer)
+    handles: list[Handle] = []
+    layers = {id(sharing.layer): target for target in optimizer.targets for sharing in target.sharing}
+    for module in entrances(model, set(layers)):
         handles.append(module.register_forward_pre_hook(before, prepend=True))
         handles.append(module.register_forward_hook(after, always_call=True))
+    for target in optimizer.targets:
+        hook = _BeforeLayer(optimizer, target)
+        handles += [sharing.layer.register_forward_pre_hook(hook) for sharing in target.sharing]
     return handles
 
 
-def hook_state_dicts(optimizer: Owner, model: nn.Module) -> list[RemovableHandle]:
+def hook_state_dicts(optimizer: Owner, model: nn.Module) -> list[Handle]:
     """Watches the model and each module that owns a perturbed tensor, under whatever name."""
     hook = _CleanStateDict(optimizer)
     places = {sharding.place_of(tensor) for tensor in optimizer._weights.tensors()} - {None}
@@ -241,24 +408,16 @@ def hook_state_dicts(optimizer: Owner, model: nn.Module) -> list[RemovableHandle
     ]
 
 
-class _BeforeBaseStep(_ModelHook):
-    """Refuses steps of the base that its wrapper knows nothing of."""
-
-    def __call__(self, base: Optimizer, args: Any, kwargs: Any) -> None:
-        optimizer = self._optimizer()
-        if optimizer is None or optimizer._steps_base or changes_nothing(base.param_groups):
-            return
-        raise RuntimeError(
-            "the base optimizer was stepped by itself, so that noise would neither come nor go: give the "
-            "loop, trainer or GradScaler the FlatLoRAOptimizer, or call its close() first"
-        )
-
-
-def hook_base(optimizer: Owner, base: Optimizer) -> list[RemovableHandle]:
-    """Watches who steps the base, if it has all of torch's own optimizers."""
-    if not hasattr(base, "_optimizer_step_pre_hooks"):
-        return []
-    return [base.register_step_pre_hook(_BeforeBaseStep(optimizer))]
+def hook_merges(optimizer: Owner) -> list[Handle]:
+    """Watches each adapter layer that can merge its adapter into the weight."""
+    handles: list[Handle] = []
+    for target in optimizer.targets:
+        for sharing in target.sharing:
+            layer = sharing.layer
+            if callable(getattr(type(layer), "merge", None)):
+                hook = layer.__dict__["merge"] = _BeforeMerge(optimizer, layer)
+                handles.append(_Unhook(layer, hook))
+    return handles
 
 
 def attached_optimizers(model: nn.Module) -> list[Owner]:
@@ -269,22 +428,34 @@ def attached_optimizers(model: nn.Module) -> list[Owner]:
     return list({id(optimizer): optimizer for optimizer in found if optimizer is not None}.values())
 
 
-def entrances(model: nn.Module, targets: set[int]) -> Iterator[nn.Module]:
-    """The model and the modules inside that users call by themselves (generation, an encoder).
+def entrances(module: nn.Module, layers: set[int]) -> Iterator[nn.Module]:
+    """The modules through which users begin a forward: the model, and parts of it that are called by
+    themselves (generation, an encoder).
 
-    The walk stops at containers: a single layer of a stack is called from within the model, or
+    A module without a forward only holds others, which are then what is called. Inside of one that has a
+    forward, the walk stops at containers: a single layer of a stack is called from within the model, or
     by a recomputation in backward, and must not decide anything.
+
+    Args:
+        layers: The ids of the adapter layers.
     """
-    yield model
-    if isinstance(model, _CONTAINERS) or id(model) in targets:
-        return
-    for child in model.children():
-        inside = {id(module) for module in child.modules()}
-        if inside & targets and id(child) not in targets and not isinstance(child, _CONTAINERS):
-            yield from entrances(child, targets)
+    is_called = _has_forward(module)
+    if is_called:
+        yield module
+        if isinstance(module, nn.Sequential) or id(module) in layers:
+            return
+    for child in module.children():
+        if is_called and (id(child) in layers or isinstance(child, nn.Sequential) or not _has_forward(child)):
+            continue
+        if not layers.isdisjoint(id(inner) for inner in child.modules()):
+            yield from entrances(child, layers)
 
 
-def release(perturbations: Sequence[Perturbation], handles: list[RemovableHandle]) -> None:
+def _has_forward(module: nn.Module) -> bool:
+    return "forward" in module.__dict__ or type(module).forward is not nn.Module.forward
+
+
+def release(perturbations: Sequence[Perturbation], handles: list[Handle]) -> None:
     """Leaves the model as it was before it had an optimizer."""
     for handle in handles:
         handle.remove()

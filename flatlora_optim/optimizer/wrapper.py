@@ -109,6 +109,12 @@ def check_base(base: object) -> None:
     """Raises TypeError unless ``base`` has all of an optimizer that is used here."""
     if isinstance(base, OptimizerWrapper):
         raise TypeError(f"base is a {type(base).__name__} already; wrap the optimizer inside it instead")
+    if hasattr(base, "gradient_state") and isinstance(inner := getattr(base, "optimizer", None), Optimizer):
+        raise TypeError(
+            f"base is a {type(base).__name__}, which accelerator.prepare() has made: its steps are "
+            f"micro-batches. Build FlatLoRAOptimizer(...) around the {type(inner).__name__} first, and "
+            "prepare the FlatLoRAOptimizer"
+        )
     if not (isinstance(base, Optimizer) or all(hasattr(base, n) for n in _MEMBERS)):
         raise TypeError(
             f"base must be an optimizer such as torch.optim.AdamW(...), got {type(base).__name__}"

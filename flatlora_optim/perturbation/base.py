@@ -67,6 +67,14 @@ class Perturbation:
         """
         return False
 
+    def leave_merged(self) -> bool:
+        """Subtracts the noise from a weight that meanwhile has an adapter merged into it, and tells so.
+
+        Returns:
+            Whether that is what happened to it.
+        """
+        return False
+
     def already_noisy(self) -> RuntimeError:
         return RuntimeError(
             f"{self.target.name}: its weight carries noise already. If it is another FlatLoRAOptimizer's, "
@@ -87,12 +95,18 @@ def apply_all(perturbations: Sequence[Perturbation], noises: Sequence[Noise | No
 
 
 def forget_changed(perturbations: Sequence[Perturbation]) -> list[Perturbation]:
-    """Leaves weights that somebody else has written to them, and returns whose they are."""
+    """Leaves weights that somebody else has written to them, and returns whose they are.
+
+    From a weight that an adapter was merged into, the noise is subtracted: nothing else is lost of it.
+    """
     answers = [perturbation.changed() for perturbation in perturbations]
     changed = [perturbation for perturbation, answer in zip(perturbations, answers, strict=True) if answer]
+    left = []
     for perturbation in changed:
+        if not perturbation.leave_merged():
+            left.append(perturbation)
         perturbation.forget()
-    return changed
+    return left
 
 
 def remove_all(perturbations: Sequence[Perturbation]) -> None:

@@ -7,6 +7,7 @@ weight, ``subtract`` (the paper's way) lets them drift.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakValueDictionary
@@ -49,6 +50,7 @@ class InPlace(Perturbation):
         self._weight = target.weight
         self._tensor: Tensor | None = None
         self._place: object = None
+        self._noise: Noise | None = None
         self._parts: Sequence[Part] = ()
         self._copy: Tensor | None = None
         self._seal: tuple[int, Any] | None = None
@@ -58,7 +60,7 @@ class InPlace(Perturbation):
         place = place_of(tensor)
         if _carriers.get(place, self) is not self:
             raise self.already_noisy()
-        self._tensor, self._place = tensor, place
+        self._tensor, self._place, self._noise = tensor, place, noise
         if place is not None:
             _carriers[place] = self
         local = local_part(tensor)
@@ -78,7 +80,7 @@ class InPlace(Perturbation):
                 part.forget()
         if _carriers.get(self._place) is self:
             del _carriers[self._place]
-        self._tensor = self._seal = None
+        self._tensor = self._noise = self._seal = None
         self._parts = ()
 
     def written(self) -> Tensor | None:
@@ -113,6 +115,21 @@ class InPlace(Perturbation):
             return True
         differs: bool | Tensor = probes_now != probes
         return differs.any() if isinstance(differs, Tensor) else differs
+
+    @torch.no_grad()
+    def leave_merged(self) -> bool:
+        tensor = getattr(self._weight, "tensor", None)
+        shape = None if self._tensor is None else self._tensor.shape
+        is_sum = self.target.merged and self.target.merges_a_sum
+        if self._noise is None or not is_sum or tensor is None or tensor.shape != shape:
+            return False
+        self._noise.negated().add_to(local_part(tensor))
+        warnings.warn(
+            f"{self.target.name}: an adapter was merged into the weight while it carried noise. The noise "
+            "was subtracted again, which rounds once more; call `optimizer.restore()` before a merge",
+            stacklevel=2,
+        )
+        return True
 
     def _reserve_copy(self, local: Tensor) -> None:
         known = self._copy
@@ -153,5 +170,8 @@ def clean_copy(tensor: Tensor) -> Tensor | None:
     if carrier is None or (written := carrier.written()) is None or written.shape != tensor.shape:
         return None
     if carrier.changed():
+        if carrier.leave_merged():
+            carrier.forget()
+            return None
         raise change_noticed([carrier])
     return carrier.clean_copy()

@@ -39,7 +39,7 @@ class NoisyWeights:
     """
 
     def __init__(self, model: nn.Module, perturbations: Sequence[Perturbation]) -> None:
-        self._model = model
+        self.model = model
         self.perturbations = perturbations
         self.norms = [RowNorms(perturbation.target) for perturbation in perturbations]
         for target in self.targets:
@@ -61,7 +61,7 @@ class NoisyWeights:
     def attached(self) -> list[int]:
         """Which targets are parts of the model still: PEFT's ``unload`` takes the adapters away."""
         modules: set[nn.Module] = set()
-        waiting = [self._model]
+        waiting = [self.model]
         while waiting:  # several times as fast as `modules()`
             module = waiting.pop()
             if module not in modules:
@@ -182,7 +182,7 @@ class NoisyWeights:
                 yield perturbation.target.weight.tensor  # type: ignore[attr-defined]
 
     def _put_on(self, versions: ExitStack) -> None:
-        sharding.reshard_all(self._model)
+        sharding.reshard_all(self.model)
         for norms in self.norms:
             norms.forget_if_changed()
         # Known before it is true: an interrupt right after must find something to restore.
@@ -209,7 +209,7 @@ class NoisyWeights:
     def _remove(self) -> None:
         if not self.is_perturbed:
             return
-        sharding.reshard_all(self._model)
+        sharding.reshard_all(self.model)
         with self.timed():
             changed = forget_changed(self.perturbations)
             rewritten = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..kernels.part import Part
+from ..kernels.uncompiled import uncompiled
 from ..noise import Noise
 from ..targets import FrozenWeight, Target, UnsupportedAdapterError
 from ..targets.sharding import is_sharded
@@ -50,7 +51,7 @@ class VirtualPerturbation(Perturbation):
             return noisy(owner, self.target.weight, self._noise, x)
 
         # Tracing would bake one step's noise into the graph.
-        return cast(Forward, torch.compiler.disable(forward))
+        return uncompiled(forward)
 
     def apply(self, noise: Noise) -> Sequence[Part]:
         if any("flatlora_forward" in owner.__dict__ for owner in self.target.owners):

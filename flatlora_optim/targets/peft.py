@@ -48,6 +48,10 @@ class PeftLoRA(Target):
         target.delta()
         return target
 
+    @property
+    def merges_a_sum(self) -> bool:  # type: ignore[override]
+        return not getattr(self.layer, "lora_variant", {})
+
     def _active(self) -> Iterator[tuple[str, Any, Any]]:
         if is_set(self.layer, "disable_adapters"):
             return

@@ -81,6 +81,9 @@ class Target:
         """Whether an adapter has been written into the base weight."""
         return any(is_set(each.layer, "merged") for each in self.sharing)
 
+    merges_a_sum = True
+    """Whether merging adds the adapter's product to the weight, and does nothing else to it."""
+
     def check_ties(self) -> None:
         """Raises RuntimeError unless all layers that shared this weight still do."""
         for other in self.tied:
