@@ -21,6 +21,12 @@ Product = tuple[Tensor, Tensor, Tensor]
 
 PROBES = 64
 
+_NAN = {
+    torch.float16: 0x7E00,
+    torch.bfloat16: 0x7FC0,
+    torch.float32: 0x7FC00000,
+    torch.float64: 0x7FF8000000000000,
+}
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -32,7 +38,8 @@ def bits(tensor: Tensor) -> Tensor:
 def rounded_sum(weight: Tensor, eps: Tensor, alpha: int = 1) -> Tensor:
     """``weight + alpha * eps``, added in float32 or wider and rounded once, in scratch memory.
 
-    The sum of a finite float16 weight is kept finite: noise alone never overflows a layer.
+    The sum of a finite float16 weight is kept finite: noise alone never overflows a layer. All NaNs become
+    one: which of them a conversion yields depends on whether it was vectorized.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     total = scratch(f"sum {alpha}", weight.shape, dtype, weight.device).copy_(weight)
@@ -40,9 +47,10 @@ def rounded_sum(weight: Tensor, eps: Tensor, alpha: int = 1) -> Tensor:
     if weight.dtype == torch.float16:
         largest = torch.finfo(torch.float16).max
         total = torch.where(weight.isfinite(), total.clamp(-largest, largest), total)
-    if weight.dtype == dtype:
-        return total
-    return scratch(f"rounded {alpha}", weight.shape, weight.dtype, weight.device).copy_(total)
+    if weight.dtype != dtype:
+        total = scratch(f"rounded {alpha}", weight.shape, weight.dtype, weight.device).copy_(total)
+    bits(total).masked_fill_(total.isnan(), _NAN[weight.dtype])
+    return total
 
 
 def takes(noise: Recipe, weight: Tensor) -> bool:
