@@ -2,6 +2,7 @@
 
 ================  ======================================================================
 ``flatlora``      :class:`.FlatLoRAOptimizer`: noise around a step
+``adoption``      taking over an optimizer that somebody else has built, and giving it back
 ``hooks``         the automatic style: which forwards see noise, and which clean weights
 ``diagnostics``   what a step tells of noise that was not there
 ``schedule``      how the noise grows over training: ``sigma_t``

@@ -20,17 +20,17 @@ from ..noise import Noise, NoiseKey, NoiseSource, noise_source
 from ..perturbation import RESTORE_MODES, NoisyWeights, choose_perturbations
 from ..targets import Target, sharding
 from . import hooks
+from .adoption import Adoption
 from .checks import check_choice
 from .diagnostics import complaint_of
-from .param_groups import SIGMA, initial_state, take_state
+from .param_groups import SIGMA, initial_state, put_state, take_state
 from .schedule import Schedule
-from .state import NoiseState
-from .wrapper import changes_nothing, check_base
+from .wrapper import changes_nothing, check_base, has_zero_gradients
 
 Closure = Callable[[], Any]
 
 
-class FlatLoRAOptimizer(NoiseState):
+class FlatLoRAOptimizer(Adoption):
     """Wraps an optimizer so that LoRA looks for minima that are flat in the full weight space.
 
     At each optimizer step the frozen weights carry Gaussian noise during forward and backward,
@@ -137,6 +137,7 @@ class FlatLoRAOptimizer(NoiseState):
         self._noises: list[Noise | None] | None = None
         self._perturbing: object = None  # changes with each one who puts noise on
         self._told: set[str] = set()  # complaints
+        self._ended = 0  # the number of the last step that had a forward
         self._resolution_checked = self._steps_base = False
 
         handles = [*hooks.hook_state_dicts(self, model), *hooks.hook_base(self, base)]
@@ -294,8 +295,15 @@ class FlatLoRAOptimizer(NoiseState):
             self._steps_base = False
 
     def _end_step(self) -> None:
-        if self._noises is None and changes_nothing(self.param_groups):
-            return
+        if self._noises is None:
+            if changes_nothing(self.param_groups):
+                return
+            if self.step_count == 0 and has_zero_gradients(self.param_groups):
+                return
+            if self.step_count < self._ended:
+                # DeepSpeed steps each group by itself, and the first of them has ended the noise.
+                self._count_step()
+                return
         found = complaint_of(self)
         if found is not None and found[1] not in self._told:
             self._told.add(found[1])
@@ -303,9 +311,10 @@ class FlatLoRAOptimizer(NoiseState):
         # Before it is counted: an interrupt in between must not carry noise over to the next step.
         self._noises, self._perturbing = None, None
         self._count_step()
+        self._ended = self.step_count
 
     def _drop_noise(self) -> None:
-        self._noises = None
+        self._noises, self._ended = None, 0
         self.restore()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -377,6 +386,5 @@ def _rebuilt(
 ) -> FlatLoRAOptimizer:
     state = take_state(base.param_groups)
     optimizer = cls(base, model, total_steps="deferred", **options)
-    for group, values in zip(optimizer.param_groups, state, strict=True):
-        group.update(values)
+    put_state(optimizer.param_groups, state)
     return optimizer
