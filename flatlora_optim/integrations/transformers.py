@@ -1,44 +1,181 @@
-"""For Hugging Face ``Trainer`` and those built on it (TRL)."""
+"""For Hugging Face ``Trainer`` and those built on it: TRL, axolotl, ms-swift, LLaMA-Factory,
+sentence-transformers, SetFit."""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..optimizer import FlatLoRAOptimizer
+from ..optimizer.adoption import innermost, layers_of
+from ..optimizer.param_groups import initial_state
+
+_OPTIONS = inspect.signature(FlatLoRAOptimizer).parameters.keys() - {"base", "model", "sigma", "total_steps"}
 
 
 class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
-    """Takes ``total_steps`` from the trainer and logs sigma and the noise norm::
+    """Flat-LoRA in one line of any trainer that takes callbacks::
 
-        optimizer = FlatLoRAOptimizer(base, model, sigma=0.05, total_steps="deferred")
-        trainer = Trainer(
-            model, args, ..., optimizers=(optimizer, None), callbacks=[FlatLoRACallback(optimizer)]
-        )
+        trainer = Trainer(model, args, ..., callbacks=[FlatLoRACallback(sigma=0.05)])
 
-    The console and ``trainer.state.log_history`` get the values then. Trainer calls the reporters
-    of ``report_to`` (W&B, TensorBoard) before the callbacks it is given; for them, put this one first
-    instead of passing it::
+    It wraps the optimizer that the trainer has built when training begins, and takes itself out when it
+    ends. ``args.optim``, learning rate, weight decay, scheduler and checkpoints stay the trainer's. The
+    length of the run and the step are the trainer's, too, also when it resumes or starts over. Each time
+    the trainer logs a loss, sigma and the noise norm of the last step go with it.
 
-        trainer.callback_handler.callbacks.insert(0, FlatLoRACallback(optimizer))
+    Args:
+        optimizer: Only for an optimizer of your own, which the trainer was given as
+            ``optimizers=(optimizer, None)``. It stays in when training ends.
+        sigma: Noise strength, as of :class:`.FlatLoRAOptimizer`.
+        seed: Of the noise. The trainer's ``args.seed`` if it is None.
+        **options: Further ones of :class:`.FlatLoRAOptimizer`.
+
+    Raises:
+        TypeError, ValueError: An option is unknown or out of range, or both or neither of ``optimizer``
+            and ``sigma`` were given.
+        RuntimeError: At the begin of training, if the trainer's optimizer can't be, or isn't, a
+            ``FlatLoRAOptimizer``.
     """
 
-    def __init__(self, optimizer: FlatLoRAOptimizer) -> None:
-        self._optimizer = optimizer
+    def __init__(
+        self,
+        optimizer: FlatLoRAOptimizer | None = None,
+        *,
+        sigma: float | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        if optimizer is not None and not isinstance(optimizer, FlatLoRAOptimizer):
+            raise TypeError(
+                f"optimizer must be a FlatLoRAOptimizer, got {type(optimizer).__name__}; for the trainer's "
+                "own, say FlatLoRACallback(sigma=0.05)"
+            )
+        if (optimizer is None) == (sigma is None):
+            raise TypeError(
+                "give FlatLoRACallback either sigma, to wrap the trainer's optimizer, or an optimizer"
+            )
+        given = {"seed": seed, **options} if seed is not None else options
+        if unknown := given.keys() - (set() if sigma is None else _OPTIONS):
+            raise TypeError(
+                f"FlatLoRACallback can't take {', '.join(sorted(unknown))}"
+                + ("" if sigma is None else f"; there are {', '.join(sorted(_OPTIONS))}")
+            )
+        if sigma is not None:
+            initial_state(
+                [],
+                sigma=sigma,
+                seed=seed or 0,
+                total_steps="deferred",
+                schedule=given.get("schedule", "cosine"),
+            )
+        self.optimizer = optimizer
+        """The one in use, if any."""
+        self._options = None if sigma is None else {"sigma": sigma, "total_steps": "deferred", **given}
+        self._watch: Any = None
+        self._wanted: int | None = None  # the step whose metrics will be logged
         self._metrics: dict[str, float] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._optimizer.total_steps = state.max_steps
+    # ------------------------------------------------------------------ the trainer's events
 
-    def on_pre_optimizer_step(
+    def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # The last moment at which this step's noise is known.
-        values = self._optimizer.metrics()
-        self._metrics = {f"flatlora/{name}": values[name] for name in ("sigma", "noise_norm")}
+        if (trainer := _trainer_of(self)) is not None:
+            self.prepare(trainer)
+
+    def prepare(self, trainer: Any) -> None:
+        """Lets the trainer call this callback before those that report what is logged; and with DeepSpeed,
+        which takes the optimizer apart, sees to it that the trainer makes the right one."""
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+        if self._options is None or not getattr(trainer, "is_deepspeed_enabled", False):
+            return
+        create = trainer.create_optimizer
+
+        def create_optimizer(*args: Any, **kwargs: Any) -> Any:
+            made = create(*args, **kwargs)
+            if made is not self.optimizer and hasattr(made, "param_groups"):
+                made = self._wrap(made, trainer.model, trainer.args)
+                trainer.optimizer = made
+            return made
+
+        trainer.create_optimizer = create_optimizer
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        trainer = _trainer_of(self)
+        if trainer is not None and trainer.callback_handler.callbacks[0] is not self:
+            self.prepare(trainer)
+        if getattr(trainer, "is_deepspeed_enabled", False) and not _is_deepspeed(optimizer):
+            raise RuntimeError(
+                "transformers goes on with the first train()'s DeepSpeed engine and steps its optimizer, not "
+                "the trainer's: build a new Trainer for each train() with DeepSpeed"
+            )
+        inside = layers_of(optimizer)
+        found = next((layer for layer in inside if isinstance(layer, FlatLoRAOptimizer)), None)
+        if found is None or found is not self.optimizer:
+            self._check_missing(optimizer, found)
+        if self._options is not None and not _is_deepspeed(optimizer):
+            self._wrap(optimizer, model, args)
+        flat = self.optimizer
+        assert flat is not None
+        if self._options is not None:
+            flat.install(optimizer)
+        flat.total_steps = state.max_steps
+        flat.step_count = state.global_step
+        if self._watch is not None:
+            self._watch.remove()
+        # The last moment at which a step's noise is known, also where the trainer doesn't step by itself.
+        self._watch = flat.register_step_pre_hook(self._measure)
+
+    def _check_missing(self, optimizer: Any, found: FlatLoRAOptimizer | None) -> None:
+        """Raises RuntimeError if training would go without the noise of this callback."""
+        if found is not None:
+            raise RuntimeError(
+                "the trainer has another FlatLoRAOptimizer than this callback: give it that one, "
+                "FlatLoRACallback(optimizer), or leave the trainer its own optimizer"
+            )
+        kind = type(innermost(optimizer)).__name__
+        if self._options is None:
+            raise RuntimeError(
+                f"the trainer has dropped the FlatLoRAOptimizer and would train with {kind}, as it does "
+                "with DeepSpeed: leave `optimizers` out, and say "
+                "`callbacks=[FlatLoRACallback(sigma=...)]` when you build the trainer"
+            )
+        if _is_deepspeed(optimizer):
+            raise RuntimeError(
+                f"DeepSpeed has taken {kind} apart before this callback could wrap it: say "
+                "`callbacks=[FlatLoRACallback(sigma=...)]` when you build the trainer, or "
+                "`attach(trainer, sigma=...)` after; and keep the optimizer out of DeepSpeed's own config"
+            )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        step = state.global_step + 1
+        logged = (
+            args.logging_strategy == "epoch"
+            or (args.logging_strategy == "steps" and step % state.logging_steps == 0)
+            or (args.logging_first_step and step == 1)
+        )
+        self._wanted = step if logged else None
+
+    def _measure(self, optimizer: FlatLoRAOptimizer, args: Any, kwargs: Any) -> None:
+        if self._wanted is not None:
+            values = optimizer.metrics()
+            self._metrics = {f"flatlora/{name}": values[name] for name in ("sigma", "noise_norm")}
+            self._wanted = None
 
     def on_log(
         self,
@@ -51,3 +188,65 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
         if logs is not None and "loss" in logs:
             logs.update(self._metrics)
             state.log_history[-1].update(self._metrics)
+            self._metrics = {}
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+        if self.optimizer is not None:
+            if self._options is None:
+                self.optimizer.restore()
+            else:
+                self._take_out()
+
+    # ------------------------------------------------------------------ in and out
+
+    def _wrap(self, optimizer: Any, model: Any, args: TrainingArguments) -> FlatLoRAOptimizer:
+        assert self._options is not None
+        self._take_out()  # a run that failed has left it
+        options = {"seed": args.seed, **self._options}
+        self.optimizer = FlatLoRAOptimizer.adopt(optimizer, model, **options)
+        return self.optimizer
+
+    def _take_out(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.detach()
+            self.optimizer = None
+
+
+def attach(trainer: Any, *, sigma: float, **options: Any) -> FlatLoRACallback:
+    """Flat-LoRA for a trainer that exists already.
+
+    With DeepSpeed, ``trainer.add_callback(FlatLoRACallback(sigma=...))`` would come too late.
+
+    Args:
+        trainer: A ``transformers.Trainer``, before its ``train()``.
+        sigma, **options: As of :class:`FlatLoRACallback`.
+    """
+    callback = FlatLoRACallback(sigma=sigma, **options)
+    trainer.add_callback(callback)
+    callback.prepare(trainer)
+    return callback
+
+
+def _trainer_of(callback: FlatLoRACallback) -> Any:
+    """The trainer that is calling the callback right now, which no event tells.
+
+    None if it is none of transformers'.
+    """
+    from transformers import Trainer
+
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
+            return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _is_deepspeed(optimizer: Any) -> bool:
+    return any("deepspeed" in type(layer).__module__ for layer in layers_of(optimizer))

@@ -21,18 +21,18 @@ from ..noise import Noise, NoiseKey, NoiseSource, noise_source
 from ..perturbation import RESTORE_MODES, NoisyWeights, choose_perturbations
 from ..targets import Target, sharding
 from . import diagnostics, hooks, other_steps
+from .adoption import Adoption
 from .checks import check_choice
-from .param_groups import SCHEDULE, SIGMA, initial_state, take_state
+from .param_groups import SCHEDULE, SIGMA, initial_state, put_state, take_state
 from .schedule import Schedule
-from .state import NoiseState
-from .wrapper import changes_nothing, check_base
+from .wrapper import changes_nothing, check_base, has_zero_gradients
 
 Closure = Callable[[], Any]
 
 _INSIDE_CLEAN = "perturb() inside clean(): leave the `with optimizer.clean():` block first"
 
 
-class FlatLoRAOptimizer(NoiseState):
+class FlatLoRAOptimizer(Adoption):
     """Wraps an optimizer so that LoRA looks for minima that are flat in the full weight space.
 
     At each optimizer step the frozen weights carry Gaussian noise during forward and backward,
@@ -146,6 +146,7 @@ class FlatLoRAOptimizer(NoiseState):
         self._noises: list[Noise | None] | None = None
         self._perturbing: object = None  # changes with each one who puts noise on
         self._warned_of: set[str] = set()
+        self._ended = 0  # the number of the last step that had a forward
         self._resolution_checked = self._steps_base = False
 
         handles = [*hooks.hook_state_dicts(self, model), *hooks.hook_merges(self), other_steps.watch(self)]
@@ -335,13 +336,21 @@ class FlatLoRAOptimizer(NoiseState):
             self._steps_base = False
 
     def _end_step(self) -> None:
-        if self._noises is None and changes_nothing(self.param_groups):
-            return
+        if self._noises is None:
+            if changes_nothing(self.param_groups):
+                return
+            if self.step_count == 0 and has_zero_gradients(self.param_groups):
+                return
+            if self.step_count < self._ended:
+                # DeepSpeed steps each group by itself, and the first of them has ended the noise.
+                self._count_step()
+                return
         self._warn_of_missing_noise()
         # Before it is counted: an interrupt in between must not carry noise over to the next step.
         self._noises, self._perturbing = None, None
         self._forwards.step_ends()
         self._count_step()
+        self._ended = self.step_count
 
     def _warn_of_missing_noise(self) -> None:
         noises, complaint = self._noises or (), None
@@ -356,7 +365,7 @@ class FlatLoRAOptimizer(NoiseState):
             warnings.warn("".join(complaint), stacklevel=5)
 
     def _drop_noise(self) -> None:
-        self._noises = None
+        self._noises, self._ended = None, 0
         self.restore()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -437,6 +446,5 @@ def _rebuilt(
 ) -> FlatLoRAOptimizer:
     state = take_state(base.param_groups)
     optimizer = cls(base, model, total_steps="deferred", **options)
-    for group, values in zip(optimizer.param_groups, state, strict=True):
-        group.update(values)
+    put_state(optimizer.param_groups, state)
     return optimizer

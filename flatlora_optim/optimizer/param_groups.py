@@ -60,7 +60,8 @@ def initial_state(
             raise ValueError(
                 "the param groups of base carry the state of another FlatLoRAOptimizer, which would "
                 "silently replace these options: make a new base optimizer, and load a checkpoint "
-                "by `FlatLoRAOptimizer.load_state_dict`"
+                "by `FlatLoRAOptimizer.load_state_dict`; to go on from that state, use "
+                "`FlatLoRAOptimizer.adopt`"
             )
     return {
         SIGMA: check_sigma(sigma),
@@ -97,8 +98,33 @@ def complete_groups(
 
 
 def take_state(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Takes from the groups what an optimizer under way has put there, and returns it."""
-    return [{key: group.pop(key) for key in KEYS if key in group and key != SIGMA} for group in groups]
+    """Takes from the groups what an optimizer under way, or its checkpoint, has put there, and returns it.
+
+    Without that, a sigma is what a user has given to a group, and stays.
+    """
+    keys = [*_SHARED, NOISE]
+    if any(STEP in group for group in groups):
+        keys.append(SIGMA)
+    return [{key: group.pop(key) for key in keys if key in group} for group in groups]
+
+
+def put_state(groups: list[dict[str, Any]], state: list[dict[str, Any]]) -> None:
+    """Puts back what :func:`take_state` took."""
+    for group, values in zip(groups, state, strict=True):
+        group.update(values)
+
+
+def check_loaded(groups: list[dict[str, Any]], custom_schedule: bool) -> None:
+    """Checks what the groups of a checkpoint carry for us.
+
+    Raises:
+        TypeError, ValueError: It is malformed, or from another schedule.
+    """
+    for group in groups:
+        _check_group(group, custom_schedule)
+    for key in _SHARED:
+        if any(group.get(key) != groups[0].get(key) for group in groups):
+            raise ValueError(f"the checkpoint's param groups disagree on {key!r}")
 
 
 def check_state_dict(state_dict: dict[str, Any], groups: list[dict[str, Any]], custom_schedule: bool) -> None:
@@ -125,10 +151,9 @@ def check_state_dict(state_dict: dict[str, Any], groups: list[dict[str, Any]], c
                 f"the optimizer's has {len(ours['params'])}: was another adapter trained?"
             )
         named.update(theirs["params"])
-        check_group(theirs, custom_schedule)
     if len(named) != sum(len(group["params"]) for group in groups):
         raise ValueError("the checkpoint names a parameter twice")
-    _check_agreement(saved)
+    check_loaded(saved, custom_schedule)
     # PEFT's LoRA-FA keeps its state under names of modules.
     unknown = [key for key in state_dict["state"] if isinstance(key, int) and key not in named]
     if unknown:
@@ -141,18 +166,10 @@ def check_nested(nested: object, groups: list[dict[str, Any]], custom_schedule: 
         raise ValueError(f"the optimizer state has no list of dicts under {NESTED!r}")
     if len(nested) != len(groups):
         raise ValueError(f"the checkpoint has {len(nested)} param groups, the optimizer has {len(groups)}")
-    for group in nested:
-        check_group(group, custom_schedule)
-    _check_agreement(nested)
+    check_loaded(nested, custom_schedule)
 
 
-def _check_agreement(groups: list[dict[str, Any]]) -> None:
-    for key in _SHARED:
-        if any(group.get(key) != groups[0].get(key) for group in groups):
-            raise ValueError(f"the checkpoint's param groups disagree on {key!r}")
-
-
-def check_group(group: dict[str, Any], custom_schedule: bool) -> None:
+def _check_group(group: dict[str, Any], custom_schedule: bool) -> None:
     """Checks what a checkpoint's param group says about the noise."""
     if SIGMA in group:
         check_sigma(group[SIGMA])

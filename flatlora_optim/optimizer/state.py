@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..targets import Target
 from .checks import check_sigma, check_step, check_total_steps
@@ -41,7 +42,8 @@ class NoiseState(OptimizerWrapper):
         super().__init__(base)
         self._defaults_for_groups = initial
         self._schedule = schedule
-        self._filled_groups()
+        self._homes = WeakTensorKeyDictionary()
+        self._remember_homes()
 
     def _filled_groups(self) -> list[dict[str, Any]]:
         """The param groups; those that came from elsewhere are given what they lack."""
@@ -91,12 +93,18 @@ class NoiseState(OptimizerWrapper):
     def _factor(self) -> float:
         return factor(self._schedule, self.step_count, self.total_steps)
 
-    def _sigmas(self, targets: Iterable[Target]) -> list[float]:
+    def _sigmas(self, targets: Sequence[Target]) -> list[float]:
         """Of each target: that of the groups which hold its adapters."""
-        sigma_of = {id(p): group[SIGMA] for group in self._filled_groups() for p in group["params"]}
+        groups = self._groups_in_use()
+        current = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+        parameters = [list(target.all_parameters()) for target in targets]
+        held = {current.get(id(p)) for adapters in parameters for p in adapters}
         sigmas = []
-        for target in targets:
-            values = {sigma_of[id(p)] for p in target.all_parameters() if id(p) in sigma_of}
+        for target, adapters in zip(targets, parameters, strict=True):
+            homes = {current.get(id(p)) for p in adapters}
+            # A group without any of the model's parameters has others in their place.
+            homes |= {self._homes.get(p) for p in adapters} - held
+            values = {groups[home][SIGMA] for home in homes if home is not None}
             if len(values) > 1:
                 raise ValueError(
                     f"{target.name}: the parameters of its adapters are in groups of different sigma "
@@ -104,6 +112,16 @@ class NoiseState(OptimizerWrapper):
                 )
             sigmas.append(check_sigma(values.pop() if values else 0.0))
         return sigmas
+
+    def _groups_in_use(self) -> list[dict[str, Any]]:
+        """The groups that have parameters. DeepSpeed drops the others."""
+        return [group for group in self._filled_groups() if group["params"]]
+
+    def _remember_homes(self) -> None:
+        """Notes which group each parameter is in: DeepSpeed puts flat partitions in their place."""
+        for i, group in enumerate(self._groups_in_use()):
+            for parameter in group["params"]:
+                self._homes[parameter] = i
 
     def _count_step(self) -> None:
         step = self.step_count + 1
@@ -119,7 +137,7 @@ class NoiseState(OptimizerWrapper):
         if SIGMA in param_group:
             check_sigma(param_group[SIGMA])
         self.base.add_param_group(param_group)
-        self._filled_groups()
+        self._remember_homes()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state; step, seed, sigma and schedule travel in ``param_groups``."""
@@ -157,19 +175,22 @@ class NoiseState(OptimizerWrapper):
             for group, values in zip(self.param_groups, nested or (), strict=False):
                 group.update(values)
             complete_groups(self.param_groups, before[1], self.defaults)
-            saved_noise = (nested or state_dict["param_groups"])[0].get(NOISE)
-            for group in self.param_groups:
-                group.pop(NOISE, None)  # how it is now is asked for when it is saved
         except BaseException as error:
             self.state, self.param_groups = before
             if isinstance(error, Exception) and not isinstance(error, (TypeError, ValueError)):
                 raise ValueError(f"{type(self.base).__name__} can't load this state: {error!r}") from error
             raise
+        self._was_loaded(settings)
+
+    def _was_loaded(self, settings: dict[str, Any]) -> None:
+        """To be called when the groups carry loaded state, with the settings before."""
+        # How the noise is made now is asked for when it is saved.
+        noises = [group.pop(NOISE, None) for group in self.param_groups]
         saved = self.param_groups[0][SCHEDULE]
         if saved != CUSTOM_SCHEDULE:
             self._schedule = saved
         self._drop_noise()
-        self._warn_of_differences(settings, saved_noise)
+        self._warn_of_differences(settings, noises[0])
 
     def _drop_noise(self) -> None:
         """Ends the noise of the step that is under way, if there is any."""

@@ -105,6 +105,12 @@ def changes_nothing(groups: list[dict[str, Any]]) -> bool:
     return all(group.get("lr", 1) == 0 for group in groups)
 
 
+def has_zero_gradients(groups: list[dict[str, Any]]) -> bool:
+    """Whether all gradients are there, and 0: DeepSpeed lets an optimizer create its state by such a step."""
+    gradients = [parameter.grad for group in groups for parameter in group["params"]]
+    return all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
 def check_base(base: object) -> None:
     """Raises TypeError unless ``base`` has all of an optimizer that is used here."""
     if isinstance(base, OptimizerWrapper):
