@@ -248,11 +248,17 @@ def _rng_states() -> dict[str, Any]:
     return states
 
 
-def philox(seed: int, counters: Tensor) -> list[Tensor]:
-    """The four words of Philox-4x32-10 (Salmon et al. 2011), in 64-bit torch arithmetic."""
+def philox(calls: Tensor, words: tuple[int, int, int, int] = (0, 0, 0, 0), block: int = 0) -> list[Tensor]:
+    """The four words of Philox-4x32-10 (Salmon et al. 2011), in 64-bit torch arithmetic.
+
+    Args:
+        calls: The first word of the counter.
+        words: The two words of the key, and the last two of the counter.
+        block: The second word of the counter.
+    """
     mask = 0xFFFFFFFF
-    c0, c1, c2, c3 = counters.long(), *(torch.zeros_like(counters, dtype=torch.int64) for _ in range(3))
-    k0, k1 = seed & mask, seed >> 32
+    c0, c1, c2, c3 = (calls.long(), *(torch.full_like(calls.long(), word) for word in (block, *words[2:])))
+    k0, k1 = words[:2]
 
     def multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
         # 32 x 32 bits overflow a signed 64-bit integer: multiply in halves of 16.

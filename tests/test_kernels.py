@@ -24,7 +24,7 @@ from flatlora_optim.kernels.part import Keep
 from flatlora_optim.kernels.plain import rounded_sum
 from flatlora_optim.noise import GaussianNoise, Noise, NoiseKey
 from flatlora_optim.targets.weights import DenseWeight
-from helpers import OwnLoRA, flatlora, int_view, lora_gpt2, lora_mlp, loss_of, mlp_batch, philox
+from helpers import OwnLoRA, flatlora, int_view, lora_gpt2, lora_mlp, loss_of, mlp_batch
 
 triton = pytest.importorskip("triton", minversion="3.2")
 
@@ -97,26 +97,6 @@ def test_where_triton_cannot_compile_the_kernels_they_are_left_alone(
 def test_triton_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert has_triton.__wrapped__(torch.device("cuda")) is False
-
-
-def standard_normal(seed: int, counters: Tensor) -> Tensor:
-    """Box-Muller on the 31 upper bits of two words, as Triton's ``randn`` does it."""
-
-    def uniform(word: Tensor) -> Tensor:
-        signed = torch.where(word >= 1 << 31, word - (1 << 32), word)
-        return torch.where(signed < 0, -signed - 1, signed).float() * 4.6566127342e-10
-
-    first, second = (uniform(word) for word in philox(seed, counters)[:2])
-    return torch.sqrt(-2 * torch.log(first.clamp_min(1e-7))) * torch.cos(second * (2 * math.pi))
-
-
-@interpreted
-@pytest.mark.parametrize("seed", [0, 12345, (1 << 32) - 1])
-def test_the_noise_is_philox_of_the_counters(seed: int) -> None:
-    from flatlora_optim.kernels import triton as kernels
-
-    z = kernels.fill(torch.empty(3000), seed)
-    torch.testing.assert_close(z, standard_normal(seed, torch.arange(3000)), rtol=1e-5, atol=2e-6)
 
 
 @interpreted

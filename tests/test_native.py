@@ -51,11 +51,13 @@ def fresh_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
 
 
 @needs_compiler
-@pytest.mark.parametrize("seed", [0, 12345, (1 << 32) - 1])
-def test_the_noise_is_box_muller_on_all_words_of_philox(seed: int) -> None:
-    z = native.fill(torch.empty(3 * 1024 + 5), seed)
-    counters = torch.arange(1024)
-    words = [word.view(4, 256) for word in philox(seed, counters)]
+@pytest.mark.parametrize(
+    "key", [NoiseKey(0, 0), NoiseKey(-5, 12345, 3), NoiseKey(2**64 - 1, 2**32 - 1, 2**32 - 1)]
+)
+@pytest.mark.parametrize("block", [0, 7, 2**32 - 1])
+def test_the_noise_is_box_muller_on_all_words_of_philox(key: NoiseKey, block: int) -> None:
+    z = native.fill(torch.empty(3 * 1024 + 5), key, block)
+    words = [word.view(4, 256) for word in philox(torch.arange(1024), key.words, block)]
 
     def pair(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
         r = (-2 * (((radius >> 1) + 0.5) / 2**31).double().log()).sqrt()
@@ -69,7 +71,7 @@ def test_the_noise_is_box_muller_on_all_words_of_philox(seed: int) -> None:
 
 @needs_compiler
 def test_the_noise_is_gaussian_far_into_its_tails() -> None:
-    z = torch.cat([native.fill(torch.empty(1 << 20), seed) for seed in range(16)])
+    z = torch.cat([native.fill(torch.empty(1 << 20), NoiseKey(0, 0), block) for block in range(16)])
     for bound in (0.5, 1.0, 2.0, 3.0, 4.0, 5.0):
         expected = 2 * stats.norm.sf(bound)
         error = (expected * (1 - expected) / len(z)) ** 0.5
@@ -244,7 +246,7 @@ def test_the_numbers_are_the_same_with_any_vectors(
     products[0][1][2], products[0][2][0, 3], products[1][0][4, 4] = math.inf, 1e38, -math.inf
 
     def numbers() -> list[Tensor]:
-        filled = [native.fill(torch.empty(5000), seed) for seed in range(50)]
+        filled = [native.fill(torch.empty(5000), NoiseKey(0, step), 1) for step in range(50)]
         return filled + native.norm_increases(products)
 
     expected = numbers()

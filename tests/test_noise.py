@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -438,14 +439,22 @@ def test_the_number_of_threads_does_not_matter() -> None:
     assert torch.equal(run(3), one)
 
 
-def test_torch_operations_take_the_numbers_from_a_generator_of_their_own() -> None:
-    """As in earlier releases, so that a resumed run goes on with the noise it would have had."""
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_torch_operations_take_the_numbers_from_a_generator_of_their_own(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, bits, out = NoiseKey(3, 4), 32 if device == "cpu" else 64, torch.empty(1000)
+    if device == "cuda":  # what torch would do there can be seen here, but for the device's numbers
+        own = torch.Generator
+        monkeypatch.setattr(torch, "Generator", lambda device=None: own())
+        out = Mock(spec=Tensor, device=torch.device(device), normal_=out.normal_)
     with untouched_rng():
-        z = plain.fill(torch.empty(1000), 12345)
-    assert torch.equal(z, torch.empty(1000).normal_(generator=torch.Generator().manual_seed(12345)))
+        z = plain.fill(out, key, 5)
+    expected = torch.Generator().manual_seed(key.block_seed(5, bits))
+    assert torch.equal(z, torch.empty(1000).normal_(generator=expected))
 
 
-KEYS = st.builds(NoiseKey, st.integers(-(2**80), 2**80), st.integers(0, 2**40), st.integers(0, 2**16))
+KEYS = st.builds(NoiseKey, st.integers(-(2**80), 2**80), st.integers(0, 2**32 - 101), st.integers(0, 2**16))
 
 
 def test_hashes_are_the_published_ones() -> None:
@@ -462,22 +471,53 @@ def test_hashes_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "block", "seed"),
+    ("key", "block", "words", "seeds"),
     [
-        (NoiseKey(0, 0), 0, 4226243123),
-        (NoiseKey(42, 1000, 3), 7, 893646130),
-        (NoiseKey(-(2**70) - 5, 12345, 2), 70_000, 1347487469),
-        (NoiseKey(2**40 + 1, 2**33, 2**16 - 1), 2**32 - 1, 2811003226),
+        (NoiseKey(0, 0), 0, (2065550767, 3793791033, 0, 0), (4226243123, 2558736989570252433)),
+        (NoiseKey(42, 1000, 3), 7, (803958421, 3184996902, 1000, 3), (893646130, 5931082438910989574)),
+        (
+            NoiseKey(-(2**70) - 5, 12345, 2),
+            70_000,
+            (1606812258, 380750761, 12345, 2),
+            (1347487469, 14923420659560681273),
+        ),
+        (
+            NoiseKey(2**40 + 1, 2**33, 2**16 - 1),
+            2**32 - 1,
+            (1623510469, 1835336310, 0, 65535),
+            (2811003226, 7071416879718485319),
+        ),
     ],
 )
-def test_seeds_are_those_of_earlier_releases(key: NoiseKey, block: int, seed: int) -> None:
+def test_keys_give_the_numbers_that_they_gave_in_earlier_releases(
+    key: NoiseKey, block: int, words: tuple[int, ...], seeds: tuple[int, int]
+) -> None:
     """A resumed run goes on with the noise it would have had."""
-    assert key.block_seed(block) == seed
+    assert key.words == words
+    assert (key.block_seed(block), key.block_seed(block, 64)) == seeds
 
 
+@pytest.mark.parametrize("bits", [32, 64])
 @given(KEYS, st.integers(0, 2**32 - 5000))
-def test_no_two_blocks_of_a_step_share_a_seed(key: NoiseKey, first: int) -> None:
-    assert len({key.block_seed(first + i) for i in range(5000)}) == 5000
+def test_no_two_blocks_of_a_step_share_a_seed(bits: int, key: NoiseKey, first: int) -> None:
+    assert len(set(key.block_seeds(range(first, first + 5000), bits))) == 5000
+
+
+@given(
+    st.integers(-(2**80), 2**80), st.integers(0, 2**32 - 200), st.integers(0, 2**32 - 200), st.integers(0, 3)
+)
+def test_no_two_blocks_of_a_run_share_a_seed_of_64_bits(
+    seed: int, step: int, block: int, replica: int
+) -> None:
+    keys = [NoiseKey(seed, step + i, replica) for i in range(50)]
+    assert len({s for key in keys for s in key.block_seeds(range(block, block + 50), 64)}) == 2500
+
+
+@given(KEYS, KEYS, st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
+def test_no_two_blocks_of_a_run_share_a_counter(one: NoiseKey, other: NoiseKey, a: int, b: int) -> None:
+    """Philox is a bijection of counters, so they have no number in common but by chance."""
+    other = other._replace(seed=one.seed)
+    assert ((*one.words, a) == (*other.words, b)) == ((one, a) == (other, b))
 
 
 @given(KEYS, st.integers(1, 100), st.integers(0, 2**20))
@@ -487,5 +527,6 @@ def test_other_seeds_steps_and_replicas_give_other_blocks(key: NoiseKey, by: int
         key._replace(step=key.step + by),
         key._replace(replica=key.replica + by),
     ]
-    seeds = {k.block_seed(block) for k in (key, *others)}
-    assert len(seeds) == 4
+    for bits in (32, 64):
+        assert len({k.block_seed(block, bits) for k in (key, *others)}) == 4
+    assert len({k.words for k in (key, *others)}) == 4

@@ -84,8 +84,8 @@ class TrainingScript(RuleBasedStateMachine):
                 @ adapted.lora_A["default"].weight.detach().double()
             )
             scale = SIGMA * merged.norm(dim=1, keepdim=True) / math.sqrt(weight.shape[1])
-            seed = NoiseKey(SEED, self.step_count).block_seed(block)
-            z = kernels_of(weight.device).fill(torch.empty(weight.shape), seed).double()
+            key = NoiseKey(SEED, self.step_count)
+            z = kernels_of(weight.device).fill(torch.empty(weight.shape), key, block).double()
             actual = self.noisy[name].view(self.dtype).double()
             tolerance = 0.01 if self.dtype == torch.bfloat16 else NORM_ERROR
             assert ((actual - weight - scale * z).abs() <= tolerance * (weight.abs() + 4 * scale)).all()
@@ -198,7 +198,8 @@ class TrainingScript(RuleBasedStateMachine):
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
             pass
-        self.is_restored()
+        if not self.explicit:  # after `perturb()`, the noise stays until that ends
+            self.is_restored()
 
     @rule()
     def perturb(self) -> None:

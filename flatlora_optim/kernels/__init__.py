@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import native, plain
-from .part import Keep, Part, Recipe
+from .part import Keep, Key, Part, Recipe
 from .plain import Product
 
 # Earlier releases, which belong to torch 2.4 and 2.5, can't compile the kernels.
@@ -47,8 +47,8 @@ class Kernels(Protocol):
         """Whether the parts know noise and weights of this kind."""
         ...
 
-    def fill(self, out: Tensor, seed: int) -> Tensor:
-        """Overwrites contiguous float32 memory with the standard-normal numbers of a 32-bit seed."""
+    def fill(self, out: Tensor, key: Key, block: int) -> Tensor:
+        """Overwrites contiguous float32 memory with the standard-normal numbers of a block."""
         ...
 
     def probes(self, weight: Tensor) -> Any:

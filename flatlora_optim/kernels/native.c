@@ -4,8 +4,9 @@
  * (-ffp-contract=off): then every operation is rounded by itself and the numbers are the same on
  * every processor, whatever its vectors look like.
  *
- * Gaussians come from Philox-4x32-10 (Salmon et al. 2011), keyed by the block's seed and counted
- * by the place in the block, through the Box-Muller transform.
+ * Gaussians come from Philox-4x32-10 (Salmon et al. 2011) through the Box-Muller transform. Its key is
+ * the run's; its counter has the place in the block, the block, the step and the replica, so that no two
+ * blocks of a run share numbers.
  */
 
 #include <stdlib.h>
@@ -22,13 +23,16 @@
 
 /* ------------------------------------------------------------------------ Gaussians */
 
-static void philox(uint32_t seed, uint32_t first, uint32_t words[4][LANES]) {
+/* Two words that the seed gives, then step and replica. */
+typedef uint32_t Key[4];
+
+static void philox(const Key key, uint32_t block, uint32_t first, uint32_t words[4][LANES]) {
     for (int i = 0; i < LANES; i++) {
-        uint32_t c0 = first + (uint32_t)i, c1 = 0, c2 = 0, c3 = 0, k0 = seed, k1 = 0;
+        uint32_t c0 = first + (uint32_t)i, c1 = block, c2 = key[2], c3 = key[3], k0 = key[0], k1 = key[1];
         for (int round = 0; round < 10; round++) {
             uint64_t p = (uint64_t)c0 * 0xD2511F53u, q = (uint64_t)c2 * 0xCD9E8D57u;
-            c0 = (uint32_t)(q >> 32) ^ c1 ^ k0;
-            c2 = (uint32_t)(p >> 32) ^ c3 ^ k1;
+            c0 = (uint32_t)(q >> 32) ^ (c1 ^ k0);
+            c2 = (uint32_t)(p >> 32) ^ (c3 ^ k1);
             c1 = (uint32_t)q;
             c3 = (uint32_t)p;
             k0 += 0x9E3779B9u;
@@ -88,9 +92,9 @@ static void box_muller(const uint32_t *radius, const uint32_t *angle, float *z0,
     }
 }
 
-static void gaussian_tile(uint32_t seed, int64_t tile, float *z) {
+static void gaussian_tile(const Key key, uint32_t block, int64_t tile, float *z) {
     uint32_t words[4][LANES];
-    philox(seed, (uint32_t)(tile * LANES), words);
+    philox(key, block, (uint32_t)(tile * LANES), words);
     box_muller(words[0], words[1], z, z + LANES);
     box_muller(words[2], words[3], z + 2 * LANES, z + 3 * LANES);
 }
@@ -118,7 +122,8 @@ INLINE void add(int format, void *w, const float *eps, float sign, int n) {
 
 typedef struct {
     const float *const *tables; /* standard-normal numbers of each block, or NULL to make them */
-    const uint32_t *seeds;      /* one for each block */
+    Key key;
+    int64_t first_block;
     int64_t block_size;
     int64_t offset;             /* where the first element lies in the first block */
     const float *scales;
@@ -157,7 +162,7 @@ static void make_noise(const Noise *noise, int64_t at, int n, float *eps) {
     if (noise->tables)
         z = noise->tables[block] + place;
     else
-        gaussian_tile(noise->seeds[block], place / TILE, made);
+        gaussian_tile(noise->key, (uint32_t)(noise->first_block + block), place / TILE, made);
     int64_t row = at / noise->row_size, column = at % noise->row_size;
     for (int i = 0; i < n;) {
         int run = (int)least(noise->row_size - column, n - i);
@@ -180,14 +185,14 @@ static int piece(const Noise *noise, int64_t at, int64_t end) {
     return (int)least(least(TILE - place % TILE, noise->block_size - place), end - at);
 }
 
-void flatlora_fill(float *out, int64_t numel, uint32_t seed) {
+void flatlora_fill(float *out, int64_t numel, const Key key, uint32_t block) {
     Mode before = set_mode(STANDARD_MODE);
     float made[TILE];
     for (int64_t at = 0; at < numel; at += TILE) {
         if (numel - at >= TILE) {
-            gaussian_tile(seed, at / TILE, out + at);
+            gaussian_tile(key, block, at / TILE, out + at);
         } else {
-            gaussian_tile(seed, at / TILE, made);
+            gaussian_tile(key, block, at / TILE, made);
             memcpy(out + at, made, sizeof(float) * (size_t)(numel - at));
         }
     }

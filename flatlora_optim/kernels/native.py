@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 
 from . import part, plain
 from .build import library, library_or_none
-from .part import Keep, Recipe
+from .part import Keep, Key, Recipe
 from .plain import Product
 from .threads import for_each, lasting_empty, scratch
 
@@ -38,7 +38,8 @@ class _Noise(ctypes.Structure):
 
     _fields_ = (
         ("tables", ctypes.POINTER(ctypes.c_void_p)),
-        ("seeds", ctypes.POINTER(ctypes.c_uint32)),
+        ("key", ctypes.c_uint32 * 4),
+        ("first_block", ctypes.c_int64),
         ("block_size", ctypes.c_int64),
         ("offset", ctypes.c_int64),
         ("scales", ctypes.c_void_p),
@@ -106,8 +107,8 @@ def takes(noise: Recipe, weight: Tensor) -> bool:
     )
 
 
-def fill(out: Tensor, seed: int) -> Tensor:
-    library().flatlora_fill(out.data_ptr(), out.numel(), seed)
+def fill(out: Tensor, key: Key, block: int) -> Tensor:
+    library().flatlora_fill(out.data_ptr(), out.numel(), (ctypes.c_uint32 * 4)(*key.words), block)
     return out
 
 
@@ -178,17 +179,16 @@ class Part(part.Part):
         # Addresses are all that C gets: the tensors have to live as long as they are in use.
         self._alive = [scales]
         numbers, offset = noise.blocks(lo, hi)
-        seeds = tables = None
-        if noise.is_seeded:
-            seeds = (ctypes.c_uint32 * len(numbers))(*noise.seeds(numbers))
-        else:
+        tables = None
+        if not noise.is_seeded:
             table, starts = noise.places(numbers)
             self._alive.append(table)
             first = table.data_ptr()
             tables = (ctypes.c_void_p * len(starts))(*[first + 4 * start for start in starts])
         self._record.noise = _Noise(
             tables,
-            seeds,
+            noise.key.words,
+            numbers[0],
             noise.grid.rows_per_block * noise.grid.row_size,
             offset,
             scales.data_ptr(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, Protocol, TypeVar
 
@@ -12,6 +12,19 @@ from .grid import Grid
 from .threads import for_each
 
 P = TypeVar("P", bound="Part")
+
+
+class Key(Protocol):
+    """What the numbers of one optimizer step depend on."""
+
+    @property
+    def words(self) -> tuple[int, int, int, int]:
+        """The key of Philox, and two words of its counter, each of 32 bits."""
+        ...
+
+    def block_seed(self, block: int, bits: int) -> int:
+        """For generators that take a seed of so many bits."""
+        ...
 
 
 class Keep(Enum):
@@ -34,13 +47,14 @@ class Recipe(Protocol):
     row_dim: int
 
     @property
+    def key(self) -> Key: ...
+    @property
     def can_be_fused(self) -> bool: ...
     @property
     def is_seeded(self) -> bool: ...
     @property
     def is_in_memory(self) -> bool: ...
     def blocks(self, lo: int, hi: int) -> tuple[range, int]: ...
-    def seeds(self, numbers: Iterable[int]) -> list[int]: ...
     def places(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]]: ...
     def block(self, lo: int, hi: int) -> Tensor: ...
     def scales_of(self, lo: int, hi: int) -> Tensor: ...

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import part
 from .journal import Journal
-from .part import Keep, Recipe
+from .part import Keep, Key, Recipe
 from .threads import rows_at_once, scratch
 
 name = "torch operations"
@@ -57,9 +57,10 @@ def takes(noise: Recipe, weight: Tensor) -> bool:
     return True
 
 
-def fill(out: Tensor, seed: int) -> Tensor:
+def fill(out: Tensor, key: Key, block: int) -> Tensor:
     generator = torch.Generator(device=out.device)
-    generator.manual_seed(seed)
+    # That of the CPU keeps 32 bits of a seed, others keep all.
+    generator.manual_seed(key.block_seed(block, 32 if out.device.type == "cpu" else 64))
     return out.normal_(generator=generator)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import part, plain
 from .journal import narrowed
-from .part import Keep, Recipe
+from .part import Keep, Key, Recipe
 from .plain import Product
 
 name = "Triton"
@@ -217,9 +217,9 @@ def takes(noise: Recipe, weight: Tensor) -> bool:
     return is_known and weight.is_contiguous() and weight.dtype != torch.float64
 
 
-def fill(out: Tensor, seed: int) -> Tensor:
+def fill(out: Tensor, key: Key, block: int) -> Tensor:
     with _on(out):
-        fill_kernel[_tiles(out)](out, out.numel(), seed, TILE=TILE)
+        fill_kernel[_tiles(out)](out, out.numel(), key.block_seed(block, 64), TILE=TILE)
     return out
 
 
@@ -267,7 +267,7 @@ class Part(part.Part):
                 done,
                 rows.numel(),
                 rows[0].numel(),
-                noise.seeds([number])[0],
+                noise.key.block_seed(number, 64),
                 offset,
                 ROW_DIM=noise.row_dim,
                 JOURNAL=self._journal is not None,

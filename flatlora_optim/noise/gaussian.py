@@ -35,4 +35,4 @@ class GaussianNoise:
     """Independent Gaussian noise for every element and step (the paper's)."""
 
     def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
-        return kernels_of(out.device).fill(out, key.block_seed(number))
+        return kernels_of(out.device).fill(out, key, number)

@@ -32,20 +32,37 @@ class NoiseKey(NamedTuple):
     step: int
     replica: int = 0
 
-    def block_seed(self, block: int) -> int:
-        """A 32-bit seed for one block."""
-        return self.block_seeds([block])[0]
+    @property
+    def words(self) -> tuple[int, int, int, int]:
+        """The key of Philox, which the seed gives, and the words of its counter that are step and replica.
 
-    def block_seeds(self, blocks: Iterable[int]) -> list[int]:
-        """A 32-bit seed for each block.
-
-        torch's CPU generator keeps only 32 bits of a seed, so hashed seeds would collide within
-        a step on large models. A keyed permutation of the block number cannot.
+        With the place in a block and the block's number in the other two, no two blocks of a run share
+        numbers, in up to 2**32 steps.
         """
-        key = _hash(self)
+        key = _hash(self.seed)
+        return key & _MASK32, key >> 32, self.step & _MASK32, self.replica & _MASK32
+
+    def block_seed(self, block: int, bits: int = 32) -> int:
+        """A seed for one block, for generators that take no more than one."""
+        return self.block_seeds([block], bits)[0]
+
+    def block_seeds(self, blocks: Iterable[int], bits: int = 32) -> list[int]:
+        """A seed of 32 or 64 bits for each block.
+
+        Those of 64 bits are different in all blocks of a run; those of 32, which are all that torch's
+        CPU generator keeps, in all blocks of a step. Hashes that are no permutations would collide within
+        a step of a large model.
+        """
+        if bits == 64:
+            run = _hash(self.seed, self.replica)
+            return [_mix64(run ^ (self.step << 32 & _MASK64) ^ block) for block in blocks]
+        key = _hash(self.seed, self.step, self.replica)
         return [_mix32(_mix32((block ^ key) & _MASK32) ^ (key >> 32)) for block in blocks]
 
 
 @functools.lru_cache(maxsize=8)  # a step has one key, for many weights
-def _hash(key: NoiseKey) -> int:
-    return _mix64(_mix64(_mix64(key.seed & _MASK64) ^ key.step) ^ key.replica)
+def _hash(first: int, *others: int) -> int:
+    mixed = _mix64(first & _MASK64)
+    for other in others:
+        mixed = _mix64(mixed ^ other)
+    return mixed

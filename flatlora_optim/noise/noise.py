@@ -1,13 +1,13 @@
 """The noise of one weight: seeded Gaussians that can be made again, block by block, in any order.
 
-A weight's noise is cut into blocks of whole rows. Each block has its own generator, seeded by
-(seed, step, replica, block number), so blocks can be made by any thread, for any shard of the
+A weight's noise is cut into blocks of whole rows. The numbers of each depend on (seed, step, replica,
+block number) alone, so blocks can be made by any thread, for any shard of the
 weight, and give the same numbers. The global generators are never touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -73,10 +73,6 @@ class Noise:
         """The numbers of the blocks that hold local rows ``[lo, hi)``, and where these begin in the first."""
         numbers, skip = self._place(lo, hi)
         return numbers, skip * self.grid.row_size
-
-    def seeds(self, numbers: Iterable[int]) -> list[int]:
-        """The seeds from which kernels make the numbers of these blocks."""
-        return self.key.block_seeds(numbers)
 
     def places(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
         """A table that has the numbers of these blocks, flat and float32, and where each begins."""
