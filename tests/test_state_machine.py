@@ -299,4 +299,4 @@ class TrainingScript(RuleBasedStateMachine):
 TestTrainingScript = pytest.mark.filterwarnings("ignore:optimizer.step.. came without")(
     TrainingScript.TestCase
 )
-TestTrainingScript.settings = settings(max_examples=40, stateful_step_count=40)
+TestTrainingScript.settings = settings(max_examples=max(40, settings().max_examples), stateful_step_count=40)
