@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import shlex
@@ -483,6 +484,67 @@ def test_a_damaged_library_is_built_again(fresh_build: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert native.is_available()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [
+        ("library", "group may write"),
+        ("library", "of another user"),
+        ("folder", "others may write"),
+        ("folder", "of another user"),
+    ],
+)
+def test_a_library_that_others_can_write_is_not_loaded(
+    fresh_build: Path, monkeypatch: pytest.MonkeyPatch, what: str, how: str
+) -> None:
+    assert native.is_available()
+    folder = fresh_build / "cache" / "flatlora-optim"
+    (kept,) = folder.iterdir()
+    kept.unlink()
+    kept.write_bytes(planted := b"whatever somebody else has put there")
+    kept.chmod(0o600)
+    suspect = kept if what == "library" else folder
+    if how == "of another user" and os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    elif how == "of another user":
+        os.chown(suspect, 65534, -1)
+    else:
+        suspect.chmod(0o770 if how == "group may write" else 0o707)
+    loaded, load = [], ctypes.CDLL
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: loaded.append(Path(path)) or load(path))
+    build.library_or_none.cache_clear()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert native.is_available()
+    assert kept not in loaded
+    assert len(loaded) == 1
+    if what == "library":  # a folder of our own is safe, so the next process finds a library there
+        assert not caught
+        assert kept.read_bytes() != planted
+    else:
+        assert [str(folder) in str(warning.message) for warning in caught] == [True]
+        assert kept.read_bytes() == planted
+
+
+@needs_compiler
+def test_what_is_kept_belongs_to_the_user_alone(fresh_build: Path) -> None:
+    mask = os.umask(0)
+    try:
+        assert native.is_available()
+    finally:
+        os.umask(mask)
+    folder = fresh_build / "cache" / "flatlora-optim"
+    assert [path.stat().st_mode & 0o077 for path in (folder, *folder.iterdir())] == [0, 0]
+
+
+@needs_compiler
+def test_a_user_without_a_home_builds_each_time(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert native.is_available()
 
 
 @pytest.mark.parametrize("result", ["exit 1", "exit 0"])

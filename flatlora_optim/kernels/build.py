@@ -1,7 +1,7 @@
 """Building and loading ``native.c`` and ``norms.c``: by the C compiler that is there, at the first use.
 
-The library is kept in the user's cache folder. ``FLATLORA_NATIVE=0`` in the environment does
-without it, ``CC`` names the compiler.
+The library is kept in the user's cache folder, and loaded from there unless somebody else may have
+written it. ``FLATLORA_NATIVE=0`` in the environment does without it, ``CC`` names the compiler.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
@@ -100,10 +101,10 @@ def load(compiler: list[str]) -> ctypes.CDLL:
     sources = [path.read_text() for path in (*_SOURCES, _HEADER)]
     digest = hashlib.sha256("\0".join((*command, platform.machine(), *sources)).encode()).hexdigest()[:16]
     kept = _cache_folder() / f"native-{digest}.so"
-    if kept.exists():
-        with suppress(OSError):  # damaged
+    with suppress(OSError):  # not there, or damaged
+        if _is_ours_alone(kept.lstat()) and _is_ours_alone(kept.parent.stat()):
             return _declared(ctypes.CDLL(str(kept)))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:  # which nobody else may enter
         fresh = Path(folder, kept.name)
         command += [*map(str, _SOURCES), "-o", str(fresh), "-lm"]
         try:
@@ -120,13 +121,31 @@ def _compile(command: list[str]) -> None:
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "flatlora-optim"
+    chosen = os.environ.get("XDG_CACHE_HOME")
+    with suppress(RuntimeError):  # a user without a home
+        return Path(chosen or Path("~/.cache").expanduser(), "flatlora-optim")
+    return Path(os.devnull)  # where nothing is kept
+
+
+def _is_ours_alone(status: os.stat_result) -> bool:
+    """Whether a file or folder belongs to this user, and nobody else can write it.
+
+    Whoever can write a library runs code as everyone who loads it.
+    """
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _keep(fresh: Path, kept: Path) -> None:
     """For the next process; other processes may do the same at the same time."""
     with suppress(OSError):  # a read-only home: each process builds its own
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_ours_alone(kept.parent.stat()):
+            warnings.warn(
+                f"the native kernels are built anew in each process, because others can write {kept.parent}. "
+                "Remove that folder, or set XDG_CACHE_HOME to one of your own",
+                stacklevel=2,
+            )
+            return
         with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as copy:
             copy.write(fresh.read_bytes())
         os.replace(copy.name, kept)

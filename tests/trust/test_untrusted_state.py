@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -132,6 +132,8 @@ def mutations(draw: st.DrawFn) -> Callable[[State], State]:
 
 def _mutate_once(state: State, number: int, what: str, value: Any) -> None:
     found = [path for path in places(state) if is_ours(path)]
+    if not found:
+        return  # all of it was dropped
     *path, key = found[number % len(found)]
     holder: Any = state
     for part in path:
@@ -163,6 +165,16 @@ def seen(model: nn.Module, optimizer: FlatLoRAOptimizer) -> Any:
     return groups, state, weights, parameters, own
 
 
+def reorders(state: State) -> bool:
+    """Whether the state is well-formed, but gives the base the moments of another parameter: no optimizer
+    can tell."""
+    match state:
+        case {"param_groups": [{"params": [*params]}]} if all(isinstance(p, int) for p in params):
+            ours = GOOD["param_groups"][0]["params"]
+            return params != ours and sorted(params) == sorted(ours)
+    return False
+
+
 TRAINED = build()
 train(*TRAINED, range(2))
 GOOD = copy.deepcopy(TRAINED[1].state_dict())
@@ -180,6 +192,7 @@ def test_a_state_is_refused_as_a_whole_or_works(
         optimizer.perturb()
     before = seen(model, optimizer)
     state = mutate(copy.deepcopy(GOOD))
+    assume(not reorders(state))
     try:
         optimizer.load_state_dict(state)
     except (TypeError, ValueError):
@@ -188,6 +201,7 @@ def test_a_state_is_refused_as_a_whole_or_works(
     else:
         assert not optimizer.is_perturbed
         assert optimizer.state_dict()["param_groups"][0].keys() >= GOOD["param_groups"][0].keys()
+        optimizer.total_steps = optimizer.total_steps or 10  # a state may leave it for later
         train(model, optimizer, range(1))
     optimizer.restore()
     assert not changed_weights(model, clean)
