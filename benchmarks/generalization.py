@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -45,16 +45,6 @@ def make(cell: Cell, keys: Sequence[Key], results: Results, bar: tqdm) -> None:
         final = batch[0].phase != "tuning"
         results.add(batch, carry_out(task, cell.data, [key.run for key in batch], final=final))
         bar.update(len(batch))
-
-
-def phases(results: Results) -> list[Callable[[Cell], list[Key]]]:
-    """In their order; what is final is known when tuning has been done."""
-    return [
-        grid.curve,
-        lambda cell: [] if cell.tuned_as else grid.tuning(cell),
-        lambda cell: grid.final(cell, results),
-        grid.lengths,
-    ]
 
 
 def quick(cell: Cell) -> Cell:
@@ -87,9 +77,8 @@ def main() -> None:
     results = Results(folder / "results" / "study.jsonl")
     if not args.report:
         with tqdm(unit="run") as bar:
-            for cell in (cell for cell in cells if args.cell in cell.name):
-                for phase in phases(results):
-                    make(cell, phase(cell), results, bar)
+            for cell, stage in grid.stages([cell for cell in cells if args.cell in cell.name], results):
+                make(cell, stage(), results, bar)
     for path in report.write(folder, cells, results):
         print(path)
 

@@ -18,8 +18,7 @@ from flatlora_optim import FlatLoRAOptimizer, NoiseKey
 from flatlora_optim.landscape import expected_loss
 from study.methods import METHODS, BiLoRA, EFMLoRA, Method, pseudo_inverse
 from study.population import AdamW, AdaptedLinear, Examples, Population
-from study.tasks import with_wrong_labels
-from study.vision import ViT
+from study.tasks import digits
 
 TARGETS = ("qkv", "proj", "fc1", "fc2")
 
@@ -38,9 +37,9 @@ class Recorded:
 
 
 @pytest.fixture(scope="module")
-def vit() -> ViT:
+def vit() -> digits.ViT:
     torch.manual_seed(0)
-    return ViT(2, width=16).requires_grad_(False)
+    return digits.ViT(2, width=16).requires_grad_(False)
 
 
 def examples(count: int, seed: int = 0) -> Examples:
@@ -60,7 +59,7 @@ def one_of(population: Population, run: int) -> dict[str, Tensor]:
     return named | {"head.weight": head.weight[run].detach().clone(), "head.bias": head.bias[run, 0].detach().clone()}
 
 
-def as_peft(vit: ViT, start: dict[str, Tensor]) -> nn.Module:
+def as_peft(vit: digits.ViT, start: dict[str, Tensor]) -> nn.Module:
     """The same model with the package's own kind of adapters."""
     import copy
 
@@ -85,7 +84,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return named
 
 
-def test_the_engine_trains_what_the_package_trains(vit: ViT) -> None:
+def test_the_engine_trains_what_the_package_trains(vit: digits.ViT) -> None:
     """Fed with the same noise, for two runs at once against one after the other."""
     steps, sigma, lr, data = 6, 0.5, 0.02, examples(40)
     order = torch.Generator().manual_seed(1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,15 +199,35 @@ def _at(cell: Cell, sigma: float, steps: int) -> list[Key]:
     return [Key(cell.name, "curve", Run(method, lr, steps, sigma, seed)) for seed in range(cell.seeds)]
 
 
-def final(cell: Cell, results: Results) -> list[Key]:
+def final(cell: Cell, results: Results, seeds: range) -> list[Key]:
     settings = chosen(cell, results)
     return [
         Key(cell.name, "final", Run(method, *settings[method], seed))
-        for first in range(0, cell.seeds, cell.together)
+        for first in range(seeds.start, seeds.stop, cell.together)
         for method in cell.methods
         if method in settings
-        for seed in range(first, min(first + cell.together, cell.seeds))
+        for seed in range(first, min(first + cell.together, seeds.stop))
     ]
+
+
+Stage = Callable[[], list[Key]]
+
+
+def stages(cells: Sequence[Cell], results: Results) -> Iterator[tuple[Cell, Stage]]:
+    """All runs in the order in which they are made, task by task: some seeds of all cells come first.
+
+    What is final is known when tuning has been done: hence functions.
+    """
+    for task in dict.fromkeys((cell.task, not cell.tuned_as) for cell in cells):
+        group = [cell for cell in cells if (cell.task, not cell.tuned_as) == task]
+        for cell in group:
+            if not cell.tuned_as:
+                yield cell, partial(tuning, cell)
+            yield cell, partial(final, cell, results, range(cell.together))
+        for cell in group:
+            yield cell, partial(curve, cell)
+            yield cell, partial(final, cell, results, range(cell.seeds))
+            yield cell, partial(lengths, cell)
 
 
 def batches(keys: Sequence[Key], results: Results, size: int) -> Iterator[list[Key]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from .population import Examples, Population
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+import digits
 import packages
 
-__all__ = ["Split", "Task", "accuracy", "endless", "packages", "with_wrong_labels"]
+__all__ = ["Split", "Task", "accuracy", "digits", "packages"]
 
 
 class Split(NamedTuple):
@@ -74,28 +75,11 @@ class Task(ABC):
         return Split(*parts)
 
     def with_wrong(self, labels: Tensor, share: float, generator: torch.Generator) -> Tensor:
-        return with_wrong_labels(labels, self.classes, share, generator)
+        return digits.with_wrong_labels(labels, self.classes, share, generator)
 
     def remembered(self, population: Population) -> list[float] | None:
         """Accuracy of each run on what the model could do before, where that can be asked."""
         return None
-
-
-def with_wrong_labels(labels: Tensor, classes: int, share: float, generator: torch.Generator) -> Tensor:
-    """Exactly this share of the labels is replaced by another class."""
-    wrong = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
-    labels = labels.clone()
-    shift = torch.randint(1, classes, (len(wrong),), generator=generator)
-    labels[wrong] = (labels[wrong] + shift) % classes
-    return labels
-
-
-def endless(count: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Indices of batches: each epoch in a new order."""
-    generator = random.Random(seed)
-    while True:
-        order = generator.sample(range(count), count)
-        yield from (order[i : i + size] for i in range(0, count - size + 1, size))
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .methods import METHODS, Method, normal
 from .population import AdamW, AdaptedLinear, Examples, Population
-from .tasks import Split, Task, accuracy, endless
+from .tasks import Split, Task, accuracy, digits
 
 SIGMAS = (0.05, 0.1, 0.2, 0.4, 0.8)
 """At which the increase of the training loss is measured."""
@@ -71,7 +71,7 @@ def train(
     population = task.population([run.seed for run in runs], getattr(method_class, "adapters", 1))
     method = method_class(population, torch.tensor([run.strength for run in runs]), steps)
     optimizer = AdamW(population.theta, torch.tensor([run.lr for run in runs]), method.weight_decay)
-    batches = [endless(data.train, data.batch, run.seed) for run in runs]
+    batches = [digits.endless(data.train, data.batch, run.seed) for run in runs]
     warmup = max(1, steps // 10)
     keeper = Keeper(population, splits) if name == "early stopping" else None
     last = torch.zeros(len(runs))
