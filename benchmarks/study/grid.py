@@ -1,0 +1,248 @@
+"""Which runs the study has, in the order in which they are made. PLAN.md says why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .methods import METHODS
+from .tasks import Sentiment, Task
+from .training import Data, Row, Run
+from .vision import MNIST, Digits
+
+TASKS: dict[str, type[Task]] = {"digits": Digits, "MNIST": MNIST, "sentiment": Sentiment}
+BASELINE = "LoRA"
+UNTUNED = ("LoRA", "early stopping")
+"""Methods without a strength: they are tuned over as many learning rates and lengths instead."""
+FIRST_TUNING_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is tried for each method of a task: always the same number of settings."""
+
+    lrs: tuple[float, ...]
+    steps: tuple[int, ...]
+    strengths: dict[str, tuple[float, ...]]
+    untuned_lrs: tuple[float, ...]
+    untuned_steps: tuple[int, ...]
+    seeds: int
+    """Tuning runs of each setting, on seeds that are not used afterwards."""
+
+    def settings(self, method: str) -> list[tuple[float, int, float]]:
+        if method in UNTUNED:
+            return [(lr, steps, 0.0) for lr in self.untuned_lrs for steps in self.untuned_steps]
+        return [(lr, n, x) for lr in self.lrs for n in self.steps for x in self.strengths[method]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A task with so many examples and wrong labels."""
+
+    name: str
+    task: str
+    data: Data
+    grid: Grid
+    seeds: int
+    together: int
+    """How many seeds are finished for all methods before the next ones begin."""
+    tuned_as: str = ""
+    """The cell whose choices are taken over: another size with the same share of wrong labels."""
+    curve: tuple[float, ...] = ()
+    """Sigmas of Flat-LoRA at ``fixed``, whatever tuning chose."""
+    lengths: tuple[int, ...] = ()
+    """Steps at which some sigmas are run, too."""
+    fixed: tuple[float, int] = (0.02, 600)
+    """Learning rate and steps of the curves."""
+    methods: tuple[str, ...] = tuple(METHODS)
+
+
+@dataclass(frozen=True)
+class Key:
+    """Names a run in the results."""
+
+    cell: str
+    phase: str
+    run: Run
+
+    def tuple(self) -> tuple[Any, ...]:
+        run = self.run
+        return self.cell, self.phase, run.method, run.lr, run.steps, run.strength, run.seed
+
+
+STRENGTHS = {
+    "LoRA + dropout": (0.05, 0.1, 0.2, 0.4),
+    "LoRA + weight decay": (0.03, 0.1, 0.3, 1.0),
+    "LoRA + SAM": (0.03, 0.1, 0.3, 1.0),
+    "noise on A, B": (0.1, 0.2, 0.4, 0.8),
+    "Flat-LoRA": (0.1, 0.2, 0.4, 0.8),
+    "Flat-LoRA, low rank": (0.1, 0.2, 0.4, 0.8),
+    "Bi-LoRA": (0.03, 0.1, 0.3, 1.0),
+    "EFMLoRA": (0.03, 0.1, 0.3, 1.0),
+}
+VISION = Grid((0.01, 0.02), (300, 600), STRENGTHS, (0.005, 0.01, 0.02, 0.04), (75, 150, 300, 600), seeds=2)
+SIGMAS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+LENGTH_SIGMAS = (0.2, 0.4, 0.6)
+SENTENCES = Grid(
+    (0.001, 0.003),
+    (450,),
+    STRENGTHS | {name: (0.2, 0.4, 0.8, 1.6) for name in ("Flat-LoRA", "Flat-LoRA, low rank", "noise on A, B")},
+    (0.0003, 0.001, 0.003, 0.01),
+    (150, 450),
+    seeds=2,
+)
+
+
+def vision(task: str, count: int, wrong: int, **more: Any) -> Cell:
+    return Cell(
+        f"{task}, {count} examples, {wrong} % wrong", task, Data(count, 196, wrong / 100, 25), VISION, 30, 10, **more
+    )
+
+
+def sentences(count: int, wrong: int, **more: Any) -> Cell:
+    return Cell(
+        f"sentiment, {count} examples, {wrong} % wrong", "sentiment", Data(count, 200, wrong / 100, 16), SENTENCES,
+        8, 4, fixed=(0.003, 450), **more,
+    )  # fmt: skip
+
+
+CELLS = (
+    vision("digits", 100, 20, curve=SIGMAS, lengths=(75, 150, 300, 1200)),
+    vision("digits", 100, 0, curve=SIGMAS),
+    vision("digits", 100, 40, curve=SIGMAS),
+    *(
+        vision("digits", count, wrong, tuned_as=f"digits, 100 examples, {wrong} % wrong")
+        for count in (50, 300)
+        for wrong in (20, 0, 40)
+    ),
+    vision("MNIST", 100, 0, curve=SIGMAS),
+    vision("MNIST", 100, 20, curve=SIGMAS),
+    sentences(300, 20, curve=(0.2, 0.4, 0.8, 1.2, 1.6, 2.4)),
+    sentences(300, 0, curve=(0.4, 0.8, 1.2, 1.6)),
+    sentences(1000, 20, tuned_as="sentiment, 300 examples, 20 % wrong"),
+)
+
+
+class Results:
+    """The lines of the results file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows: dict[tuple[Any, ...], Row] = {}
+        for line in lines:
+            row = json.loads(line)
+            key = Key(row.pop("cell"), row.pop("phase"), Run(**row.pop("run")))
+            self.rows[key.tuple()] = row
+
+    def get(self, key: Key) -> Row | None:
+        return self.rows.get(key.tuple())
+
+    def add(self, keys: Sequence[Key], rows: Sequence[Row]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for key, row in zip(keys, rows, strict=True):
+            lines.append(json.dumps({"cell": key.cell, "phase": key.phase, "run": asdict(key.run)} | row) + "\n")
+            self.rows[key.tuple()] = row
+        # In one piece: several processes may append.
+        with self.path.open("a", buffering=1 << 20) as file:
+            file.write("".join(lines))
+
+
+# ---------------------------------------------------------------------- phases
+
+
+def tuning(cell: Cell) -> list[Key]:
+    seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + cell.grid.seeds)
+    return [
+        Key(cell.name, "tuning", Run(method, lr, steps, strength, seed))
+        for method in cell.methods
+        for lr, steps, strength in cell.grid.settings(method)
+        for seed in seeds
+    ]
+
+
+def chosen(cell: Cell, results: Results) -> dict[str, tuple[float, int, float]]:
+    """Settings of each method that has been tuned: best mean validation score, then lowest loss."""
+    tuned = next((c for c in CELLS if c.name == cell.tuned_as), cell)
+    seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + tuned.grid.seeds)
+    best = {}
+    for method in tuned.methods:
+        ranked = []
+        for setting in tuned.grid.settings(method):
+            rows = [results.get(Key(tuned.name, "tuning", Run(method, *setting, seed))) for seed in seeds]
+            scores = [row["validation"] for row in rows if row]
+            if len(scores) == len(seeds):
+                ranked.append((sum(s["score"] for s in scores), -sum(s["loss"] for s in scores), setting))
+        if len(ranked) == len(tuned.grid.settings(method)):
+            best[method] = max(ranked)[2]
+    return best
+
+
+def curve(cell: Cell) -> list[Key]:
+    """LoRA and Flat-LoRA at fixed settings, over sigma."""
+    sigmas = (0.0, *cell.curve) if cell.curve else ()
+    return [key for sigma in sigmas for key in _at(cell, sigma, cell.fixed[1])]
+
+
+def lengths(cell: Cell) -> list[Key]:
+    """The same over the length of training."""
+    return [key for steps in cell.lengths for sigma in (0.0, *LENGTH_SIGMAS) for key in _at(cell, sigma, steps)]
+
+
+def _at(cell: Cell, sigma: float, steps: int) -> list[Key]:
+    method, lr = "Flat-LoRA" if sigma else BASELINE, cell.fixed[0]
+    return [Key(cell.name, "curve", Run(method, lr, steps, sigma, seed)) for seed in range(cell.seeds)]
+
+
+def final(cell: Cell, results: Results, seeds: range) -> list[Key]:
+    settings = chosen(cell, results)
+    return [
+        Key(cell.name, "final", Run(method, *settings[method], seed))
+        for first in range(seeds.start, seeds.stop, cell.together)
+        for method in cell.methods
+        if method in settings
+        for seed in range(first, min(first + cell.together, seeds.stop))
+    ]
+
+
+Stage = Callable[[], list[Key]]
+
+
+def stages(cells: Sequence[Cell], results: Results) -> Iterator[tuple[Cell, Stage]]:
+    """All runs in the order in which they are made, task by task: some seeds of all cells come first.
+
+    What is final is known when tuning has been done: hence functions.
+    """
+    for task in dict.fromkeys((cell.task, not cell.tuned_as) for cell in cells):
+        group = [cell for cell in cells if (cell.task, not cell.tuned_as) == task]
+        for cell in group:
+            if not cell.tuned_as:
+                yield cell, partial(tuning, cell)
+            yield cell, partial(final, cell, results, range(cell.together))
+        for cell in group:
+            yield cell, partial(curve, cell)
+            yield cell, partial(final, cell, results, range(cell.seeds))
+            yield cell, partial(lengths, cell)
+
+
+def batches(keys: Sequence[Key], results: Results, size: int) -> Iterator[list[Key]]:
+    """Missing runs that can be made at once: neighbours of the same method and length."""
+    batch: list[Key] = []
+    for key in keys:
+        if results.get(key) is not None:
+            continue
+        if batch and (len(batch) == size or _kind(key) != _kind(batch[0])):
+            yield batch
+            batch = []
+        batch.append(key)
+    if batch:
+        yield batch
+
+
+def _kind(key: Key) -> tuple[str, int]:
+    return key.run.method, key.run.steps
