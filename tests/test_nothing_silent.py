@@ -200,6 +200,14 @@ def test_a_sigma_that_no_weight_uses_is_told(model: nn.Module) -> None:
         FlatLoRAOptimizer(torch.optim.SGD(groups, lr=0.1), model, sigma=0.1, schedule="constant")
 
 
+@pytest.mark.parametrize("sigma", [0.0, 0.1])
+def test_a_sigma_of_a_head_that_changes_nothing_is_not_told(sigma: float, model: nn.Module) -> None:
+    groups = [{"params": [nn.Parameter(torch.zeros(3))], "sigma": sigma}, {"params": trainable(model)}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FlatLoRAOptimizer(torch.optim.SGD(groups, lr=0.1), model, sigma=0.1, schedule="constant")
+
+
 # ---------------------------------------------------------------------- eval mode
 
 

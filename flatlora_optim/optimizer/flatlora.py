@@ -119,7 +119,7 @@ class FlatLoRAOptimizer(Adoption):
             base.param_groups, sigma=sigma, seed=seed, total_steps=total_steps, schedule=schedule
         )
         optimized = {id(p) for group in base.param_groups for p in group["params"]}
-        own_sigma = [SIGMA in group for group in base.param_groups]
+        own_sigma = [group.get(SIGMA, sigma) not in (0, sigma) for group in base.param_groups]
         perturbations, found = choose_perturbations(model, optimized, mode, restore)
 
         # Nothing has been changed up to here, and nothing below fails.
