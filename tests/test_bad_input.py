@@ -90,7 +90,7 @@ def test_a_base_that_was_wrapped_before() -> None:
 
 def test_a_model_that_is_no_module() -> None:
     base = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module or a list of some, got list"):
         FlatLoRAOptimizer(base, [], sigma=0.1, total_steps=10)  # type: ignore[arg-type]
 
 

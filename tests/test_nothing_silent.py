@@ -66,7 +66,9 @@ def test_other_optimizers_are_let_alone(model: nn.Module) -> None:
     for free in (head, model, silent._model):
         free(torch.randn(2, 3 if free is head else 6)).sum().backward()
         torch.optim.SGD(trainable(free), lr=0.1).step()
-    explicit.perturb()
+    with explicit.perturbed():
+        loss_of(model, BATCH).backward()
+        torch.optim.SGD(trainable(model), lr=0.1).step()  # the user's own affair
     with pytest.raises(RuntimeError, match="belong to a FlatLoRAOptimizer"):
         torch.optim.SGD(trainable(model), lr=0.1).step()
 

@@ -167,9 +167,12 @@ class FlatLoRAOptimizer(Adoption):
         return self._weights.is_perturbed and not self._weights.is_suspended
 
     @property
-    def makes_noise(self) -> bool:
-        """Whether there is noise in the step that is under way, or will be by itself."""
-        return any(self._noises or ()) or (bool(self._options["auto"]) and self._peak_sigma > 0)
+    def expects_steps(self) -> bool:
+        """Whether a step of the adapters that is not this optimizer's would be a mistake: noise is on, or will
+        be by itself. Inside of ``perturbed()``, with ``auto=False``, it is the user's own affair."""
+        if self._options["auto"]:
+            return self._peak_sigma > 0
+        return any(self._noises or ()) and not self._forwards.explicit
 
     @property
     def _peak_sigma(self) -> float:
