@@ -179,7 +179,7 @@ def test_same_losses_as_by_hand_and_when_resumed(world: int) -> None:
         assert len(results) == len(KINDS)
         for kind, (found, expected) in results.items():
             # DeepSpeed sums the gradients of ranks and micro-batches in another order.
-            tolerance = 0.0 if world == 1 else 1e-6 if "float32" in kind else 1e-4
+            tolerance = 0.0 if world == 1 else 1e-6 if "float32" in kind else 1e-3
             assert found == pytest.approx(expected, abs=tolerance, rel=0), (kind, rank)
 
 
@@ -195,7 +195,7 @@ def through_accelerate() -> dict[int, tuple[list[float], list[float]]]:
             adamw(groups_of(model)), model, sigma=0.2, schedule="linear", total_steps=STEPS, seed=3
         )
         plugin = DeepSpeedPlugin(hf_ds_config=config_of(stage, torch.float32))
-        accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
+        accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin, gradient_accumulation_steps=WINDOW)
         engine, wrapped = accelerator.prepare(model, optimizer)
         losses = []
         for step in range(STEPS):
@@ -206,7 +206,7 @@ def through_accelerate() -> dict[int, tuple[list[float], list[float]]]:
                     wrapped.step()
                     wrapped.zero_grad()
                     losses.append(loss.item())
-        assert optimizer.step_count == STEPS
+        assert optimizer.step_count == STEPS, (stage, optimizer.step_count)
         results[stage] = losses, written_by_hand(stage, torch.float32)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
