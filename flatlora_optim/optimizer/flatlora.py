@@ -274,9 +274,9 @@ class FlatLoRAOptimizer(Adoption):
         # Anew while there is none: sigma or an adapter may have been switched on since the last forward.
         if self._noises is None or not any(self._noises):
             factor = self._factor
+            replica = sharding.replica(self._model)
             sigmas = self._sigmas(self.targets)
             with self._weights.timed():
-                replica = sharding.replica(self._model)
                 is_shared = self._options["rank_noise"] == "shared"
                 key = NoiseKey(self.seed, self.step_count, 0 if is_shared else replica)
                 self._noises = self._weights.draw(self._source, key, [sigma * factor for sigma in sigmas])
