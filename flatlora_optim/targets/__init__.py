@@ -4,7 +4,10 @@
 ``discovery``       which modules of a model carry an adapter, and why others are left out
 ``target``          one frozen weight with its adapter: the interface of all adapter types
 ``peft``            PEFT's adapters
-``hand_written``    modules described by :func:`.register`, and loralib's
+``hand_written``    modules described by :func:`.register`
+``libraries``       layers of loralib, LitGPT, torchtune and AdapterHub
+``networks``        adapters outside the model that replace forwards: kohya's, LyCORIS
+``probe``           trying whether a layer does what was said about it
 ``weights``         reading a frozen weight: dense, quantized, opaque
 ``sharding``        weights of which each process holds a part
 ``scales``          the paper's row scales ``sigma_t * ||W'[i, :]|| / sqrt(n)``

@@ -10,6 +10,8 @@ from torch import nn
 
 from .attributes import has, innermost_base_layer
 from .hand_written import HandWrittenLoRA
+from .libraries import LIBRARIES
+from .networks import Network
 from .peft import PeftAdditive, PeftLoRA
 from .sharding import check_engine
 from .target import Target
@@ -17,7 +19,7 @@ from .weights import DenseWeight, UnsupportedAdapterError
 
 T = TypeVar("T", bound=Target)
 
-_TARGET_TYPES: list[type[Target]] = [HandWrittenLoRA, PeftLoRA, PeftAdditive]
+_TARGET_TYPES: list[type[Target]] = [HandWrittenLoRA, PeftLoRA, PeftAdditive, *LIBRARIES, Network]
 """Tried in order on each module."""
 
 

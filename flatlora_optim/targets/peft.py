@@ -71,11 +71,7 @@ class PeftLoRA(Target):
                     yield from (parameter for parameter in part._parameters.values() if parameter is not None)
 
     def delta(self) -> LowRank | Tensor | None:
-        terms = [self._product(adapter, a, b) for adapter, a, b in self._active()]
-        if len(terms) < 2:
-            return terms[0] if terms else None
-        left = torch.cat([term.left * term.scaling for term in terms], 1)
-        return LowRank(left, torch.cat([term.right for term in terms], 0), 1.0)
+        return self.summed([self._product(adapter, a, b) for adapter, a, b in self._active()])
 
     def _product(self, adapter: str, a: Any, b: Any) -> LowRank:
         scaling = float(self.layer.scaling[adapter])

@@ -15,9 +15,16 @@ from torch import Tensor, nn
 from ..sharding import is_sharded, local_part
 from .base import FrozenWeight, UnsupportedAdapterError
 from .dense import DenseWeight
-from .quantized import Bnb4bitWeight, Bnb8bitWeight, OpaqueWeight, own_forward
+from .quantized import Bnb4bitWeight, Bnb8bitWeight, OpaqueWeight, ReadOnlyWeight, own_forward, reader_of
 
-__all__ = ["DenseWeight", "FrozenWeight", "UnsupportedAdapterError", "own_forward", "read_weight"]
+__all__ = [
+    "DenseWeight",
+    "FrozenWeight",
+    "UnsupportedAdapterError",
+    "has_foreign_forward",
+    "own_forward",
+    "read_weight",
+]
 
 _DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -44,6 +51,14 @@ def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int, name: str = "w
         if all(getattr(holder, "SCB", None) is None for holder in (weight, state)):
             raise UnsupportedAdapterError("not quantized yet: move the model to its device first")
         return Bnb8bitWeight(owner)
+    read = reader_of(owner, name)
+    if read is not None:
+        return ReadOnlyWeight(owner, row_dim, read)
+    if owner is layer or has_foreign_forward(owner):
+        raise UnsupportedAdapterError(
+            f"the weight of {type(owner).__name__} can only be read through its forward, and the adapter is "
+            "in there, too; keep the frozen layer as a submodule (`self.base_layer`) of the adapter's"
+        )
     rows = getattr(layer, "out_features", None) or getattr(owner, "out_features", None)
     columns = getattr(layer, "in_features", None) or getattr(owner, "in_features", None)
     if not (isinstance(rows, int) and isinstance(columns, int)) or hasattr(owner, "kernel_size"):
@@ -52,6 +67,13 @@ def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int, name: str = "w
             "in_features and out_features are known"
         )
     return OpaqueWeight(owner, (rows, columns))
+
+
+def has_foreign_forward(owner: nn.Module) -> bool:
+    """Whether another module's forward has taken the place of the layer's own, as kohya's networks do."""
+    forward = getattr(owner, "_old_forward", None) or own_forward(owner)
+    module = getattr(forward, "__self__", owner)
+    return module is not owner and isinstance(module, nn.Module)
 
 
 def _is_computed(owner: nn.Module, name: str) -> bool:

@@ -123,7 +123,9 @@ class DenseWeight(FrozenWeight):
         numel = last + 1 if local.numel() else 0
         return local.device, local.data_ptr(), local.data_ptr() + numel * local.element_size()
 
+    def tensors(self) -> Iterator[Tensor]:
+        yield self.tensor
+
     def fingerprint(self) -> tuple[Any, ...]:
-        tensor = self.tensor
-        local = local_part(tensor) if is_sharded(tensor) else tensor
-        return id(tensor), local.data_ptr(), tensor._version
+        place = place_of(self.tensor) if is_sharded(self.tensor) else None
+        return *super().fingerprint(), place
