@@ -250,7 +250,7 @@ def test_eval_in_the_middle_of_a_step_merges_a_clean_weight() -> None:
     layer = Merging()
     merged = layer.weight + layer.product()
     optimizer = flatlora(layer, sigma=SIGMA, lr=0.0)
-    assert "dense weights: virtual" in repr(optimizer)
+    assert "1 dense virtual" in repr(optimizer)
     x = torch.randn(4, 64)
     layer(x).square().sum().backward()
     layer.eval()

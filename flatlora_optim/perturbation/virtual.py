@@ -43,6 +43,8 @@ class VirtualPerturbation(Perturbation):
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
+        if target.weight.kind == "experts":
+            raise UnsupportedAdapterError("PEFT makes this weight anew in each forward; perturb it in place")
         self._noise: Noise | None = None
         self.was_seen = False
         # Made once, so that a compiled model meets the same functions at every step.
@@ -57,7 +59,8 @@ class VirtualPerturbation(Perturbation):
             before = module.__dict__.get("flatlora_forward", (None,))[0]
             own = before or MethodType(type(module).forward, module)
             if (noise := self._noise) is None:  # called by who replaced our forward by one around it
-                return cast(Tensor, own(*args, **kwargs))
+                clean: Tensor = own(*args, **kwargs)
+                return clean
             self.was_seen = True
             x = args[0] if args else next(iter(kwargs.values()))
             if instead is not None and getattr(own, "__func__", None) is type(module).forward:

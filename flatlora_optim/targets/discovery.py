@@ -12,14 +12,21 @@ from .attributes import has, innermost_base_layer
 from .hand_written import HandWrittenLoRA
 from .libraries import LIBRARIES
 from .networks import Network
-from .peft import PeftAdditive, PeftLoRA
+from .peft import PeftAdditive, PeftLoRA, PeftParameter
 from .sharding import check_engine
 from .target import Target
 from .weights import DenseWeight, UnsupportedAdapterError
 
 T = TypeVar("T", bound=Target)
 
-_TARGET_TYPES: list[type[Target]] = [HandWrittenLoRA, PeftLoRA, PeftAdditive, *LIBRARIES, Network]
+_TARGET_TYPES: list[type[Target]] = [
+    HandWrittenLoRA,
+    PeftParameter,
+    PeftLoRA,
+    PeftAdditive,
+    *LIBRARIES,
+    Network,
+]
 """Tried in order on each module."""
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .attributes import has, innermost_base_layer, is_set
 from .sharding import gathered
 from .target import LowRank, Target, values_of
-from .weights import UnsupportedAdapterError, read_weight
+from .weights import ExpertsWeight, UnsupportedAdapterError, is_plain, read_weight
 
 
 class PeftLoRA(Target):
@@ -24,11 +24,6 @@ class PeftLoRA(Target):
     def match(cls, name: str, module: nn.Module) -> Target | None:
         if not (has(module, "base_layer", "scaling") and _lora_pairs(module)):
             return None
-        if has(module, "parameter_name"):
-            raise UnsupportedAdapterError(
-                "adapts a bare parameter (`target_parameters`), whose axes are unknown; "
-                "adapt the layer by `target_modules` instead"
-            )
         if hasattr(module, "lora_E"):
             return None
         owner = innermost_base_layer(module)
@@ -80,6 +75,33 @@ class PeftLoRA(Target):
             # Stored (tokens, dim) = A.T @ B.T: a row is what the layer outputs for one token.
             return self.low_rank(a.T, b.T, scaling)
         return self.low_rank(b.flatten(1), a.flatten(1), scaling)
+
+
+class PeftParameter(PeftLoRA):
+    """PEFT's LoRA on a bare parameter (``target_parameters``): the experts of a mixture, above all."""
+
+    @classmethod
+    def match(cls, name: str, module: nn.Module) -> Target | None:
+        if not has(module, "base_layer", "parameter_name", "num_experts") or not _lora_pairs(module):
+            return None
+        owner, parameter_name = innermost_base_layer(module), str(module.parameter_name)
+        parameter = owner._parameters.get(parameter_name)
+        if parameter is None or not is_plain(parameter) or not parameter.is_contiguous():
+            raise UnsupportedAdapterError("the parameter is packed, sharded or not contiguous")
+        if type(owner).__name__ == "Conv1D":
+            raise UnsupportedAdapterError("its axes are swapped; adapt the layer by `target_modules` instead")
+        # Where PEFT has not swapped them, experts are stored (inputs, outputs).
+        is_transposed = parameter.ndim == 3 and not is_set(module, "_did_swap_in_out_features")
+        target = cls(name, module, owner, ExpertsWeight(owner, parameter_name, is_transposed))
+        target.delta()
+        return target
+
+    def _product(self, adapter: str, a: Any, b: Any) -> LowRank:
+        experts, device = self.layer.num_experts, self.weight.device
+        a, b = values_of(a, device), values_of(b, device)
+        right = a.view(experts, -1, a.shape[1])
+        left = b.view(b.shape[0], -1, experts).permute(2, 0, 1).contiguous()
+        return LowRank(left, right, float(self.layer.scaling[adapter]))
 
 
 class PeftAdditive(Target):

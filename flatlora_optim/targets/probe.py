@@ -74,8 +74,8 @@ def _difference(actual: Tensor, expected: Tensor, tolerance: float) -> str | Non
         )
     return (
         f"on a small input, the adapter changes the output by {float(actual.norm()):.4g}, and a weight that "
-        f"had it merged by {size:.4g}; the two differ by {error:.4g}. Check which weight is meant, lora_A and "
-        "lora_B (shapes (r, n) and (m, r)) or delta, and `transposed`"
+        f"had it merged by {size:.4g}; the two differ by {error:.4g}. Check which weight is meant, lora_A "
+        "and lora_B (shapes (r, n) and (m, r)) or delta, and `transposed`"
     )
 
 

@@ -20,7 +20,8 @@ from .weights import FrozenWeight, UnsupportedAdapterError
 class LowRank(NamedTuple):
     """An adapter product ``scaling * left @ right``.
 
-    Shapes ``(m, r)`` and ``(r, n)``, float32, where ``m`` counts output neurons.
+    Shapes ``(m, r)`` and ``(r, n)``, float32, where ``m`` counts output neurons; of experts, with one more
+    dim in front.
     """
 
     left: Tensor
@@ -87,8 +88,8 @@ class Target:
             return deltas[0] if deltas else None
         products = [delta for delta in deltas if isinstance(delta, LowRank)]
         if len(products) == len(deltas):
-            left = torch.cat([term.left * term.scaling for term in products], 1)
-            return LowRank(left, torch.cat([term.right for term in products], 0), 1.0)
+            left = torch.cat([term.left * term.scaling for term in products], -1)
+            return LowRank(left, torch.cat([term.right for term in products], -2), 1.0)
         total = torch.zeros(self.weight.shape, device=self.weight.device)
         for delta in deltas:
             total += self.as_stored(delta)
@@ -99,7 +100,7 @@ class Target:
         if isinstance(delta, Tensor):
             return delta
         matrix = delta.scaling * delta.left @ delta.right
-        return (matrix.T if self.weight.row_dim else matrix).reshape(self.weight.shape)
+        return (matrix.mT if self.weight.row_dim else matrix).reshape(self.weight.shape)
 
     def check(self) -> None:
         """Tries whether the adapter does what ``delta`` says.

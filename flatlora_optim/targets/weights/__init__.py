@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from ..sharding import is_sharded, local_part
 from .base import FrozenWeight, UnsupportedAdapterError
 from .dense import DenseWeight
+from .experts import ExpertsWeight
 from .quantized import Bnb4bitWeight, Bnb8bitWeight, OpaqueWeight, ReadOnlyWeight, own_forward, reader_of
 
 __all__ = [
     "DenseWeight",
+    "ExpertsWeight",
     "FrozenWeight",
     "UnsupportedAdapterError",
     "has_foreign_forward",
+    "is_plain",
     "own_forward",
     "read_weight",
 ]
@@ -34,8 +37,8 @@ def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int, name: str = "w
     weight = getattr(owner, name, None)
     if isinstance(weight, Tensor) and weight.is_complex():
         raise UnsupportedAdapterError("its weight is complex")
-    if is_sharded(weight) or (_is_plain(weight) and not _is_computed(owner, name)):
-        if not _is_plain(local_part(weight)):
+    if is_sharded(weight) or (is_plain(weight) and not _is_computed(owner, name)):
+        if not is_plain(local_part(weight)):
             raise UnsupportedAdapterError("its weight is both quantized and sharded")
         return DenseWeight(owner, row_dim, name)
     if name != "weight":
@@ -83,7 +86,7 @@ def _is_computed(owner: nn.Module, name: str) -> bool:
     return made_by_hook or getattr(owner, name) is not getattr(owner, name)
 
 
-def _is_plain(weight: object) -> bool:
+def is_plain(weight: object) -> bool:
     """Whether in-place arithmetic on the tensor means what it says (no packed or wrapped data)."""
     return (
         type(weight) in (nn.Parameter, Tensor)

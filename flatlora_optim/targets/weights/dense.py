@@ -32,6 +32,11 @@ class DenseWeight(FrozenWeight):
         return getattr(self.layer, self.name) if tensor is None else tensor
 
     @property
+    def version(self) -> int:
+        """Moves with each write that autograd counts."""
+        return self.tensor._version
+
+    @property
     def shape(self) -> torch.Size:
         return self.tensor.shape
 
