@@ -8,11 +8,11 @@ from typing import TypeVar
 
 from torch import nn
 
-from .attributes import has, innermost_base_layer
+from .attributes import innermost_base_layer
 from .hand_written import HandWrittenLoRA
 from .libraries import LIBRARIES
 from .networks import Network
-from .peft import PeftAdditive, PeftLoRA, PeftParameter
+from .peft import PeftAdditive, PeftLoRA, PeftParameter, unknown_method
 from .sharding import check_engine
 from .target import Target
 from .weights import DenseWeight, UnsupportedAdapterError
@@ -66,7 +66,7 @@ def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lamb
         if target is not None and attention is not None:
             found.skipped[name] = f"PEFT merges it in each forward of the attention layer {attention}"
             continue
-        reason = _unknown_adapter(module) if target is None else accept(target)
+        reason = unknown_method(module) if target is None else accept(target)
         if reason is not None:
             found.skipped[name] = reason
         if target is None or reason is not None:
@@ -117,12 +117,6 @@ def _match(name: str, module: nn.Module) -> Target | None:
         target = target_type.match(name, module)
         if target is not None:
             return target
-    return None
-
-
-def _unknown_adapter(module: nn.Module) -> str | None:
-    if has(module, "base_layer", "active_adapters", "adapter_layer_names"):
-        return f"{type(module).__name__} does not add a product to its base weight that is known here"
     return None
 
 

@@ -21,6 +21,9 @@ class Network(Target):
     def match(cls, name: str, module: nn.Module) -> Target | None:
         if not any(True for _ in _adapters_on(module)):
             return None
+        for adapter in _adapters_on(module):
+            if not _is_known(adapter):
+                raise UnsupportedAdapterError(f"{type(adapter).__name__} adds no product that is known here")
         target = cls(name, module, module, read_weight(module, module, 0))
         target.delta()
         return target
@@ -51,13 +54,16 @@ class Network(Target):
             adapter.training = False  # with it, rank dropout would have a part in the product
             if hasattr(adapter, "lora_mid"):
                 product = adapter.make_weight(device) * adapter.scale
-            elif has(adapter, "get_weight") and (has(adapter, "hada_w1_a") or has(adapter, "use_w1")):
+            else:  # LoHa or LoKr
                 product = adapter.get_weight(adapter.shape) * factor
-            else:
-                raise UnsupportedAdapterError(f"{type(adapter).__name__} adds no product that is known here")
         finally:
             adapter.training = training
         return (values_of(product, device) * multiplier).reshape(self.weight.shape)
+
+
+def _is_known(adapter: Any) -> bool:
+    is_lora = has(adapter, "lora_down", "lora_up", "scale")
+    return is_lora or has(adapter, "get_weight", "hada_w1_a") or has(adapter, "get_weight", "use_w1")
 
 
 def _adapters_on(layer: nn.Module) -> Iterator[Any]:

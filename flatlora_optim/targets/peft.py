@@ -105,12 +105,30 @@ class PeftParameter(PeftLoRA):
 
 
 class PeftAdditive(Target):
-    """Other PEFT adapters that add ``get_delta_weight(adapter)``: AdaLoRA, LoHa, LoKr.
+    """PEFT's other adapters that add ``get_delta_weight(adapter)``, as AdaLoRA, LoHa and VeRA.
 
     Their delta has no cheap row norms, so it is made as a whole, one layer at a time.
     """
 
-    MARKERS: ClassVar[tuple[str, ...]] = ("lora_E", "hada_w1_a", "lokr_w1")
+    MARKERS: ClassVar[tuple[str, ...]] = (
+        "lora_E",
+        "hada_w1_a",
+        "lokr_w1",
+        "vera_lambda_b",
+        "vblora_logits_A",
+        "fourierft_spectrum",
+        "randlora_lambda",
+        "c3a_kernel",
+        "waveft_spectrum",
+        "delora_lambda",
+        "gralora_A",
+        "pvera_lambda_b",
+        "shira_weight",
+        "unilora_theta_d",
+        "tinylora_v",
+        "supertuning_values",
+    )
+    """What holds something for each adapter, by which the method is known."""
 
     @classmethod
     def match(cls, name: str, module: nn.Module) -> Target | None:
@@ -142,6 +160,15 @@ class PeftAdditive(Target):
         return _sum_of_deltas(self, self._active())
 
 
+def unknown_method(module: nn.Module) -> str | None:
+    """Why an adapter layer of PEFT that no type takes has no noise; None if it is no such layer."""
+    if not has(module, "base_layer", "active_adapters", "adapter_layer_names"):
+        return None
+    _, *path = type(module).__module__.split(".")
+    method = path[1].upper() if path[:1] == ["tuners"] and path[1:] else type(module).__name__
+    return f"{method} adds no product to its weight, but changes the weight or the activations otherwise"
+
+
 def _lora_pairs(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """A and B of each adapter, as modules or parameters."""
     pairs: dict[str, tuple[Any, Any]] = {}
@@ -170,7 +197,8 @@ def _sum_of_deltas(target: Target, adapters: Iterable[str]) -> Tensor | None:
         with gathered(layer, target.adapter_parameters()):
             for adapter in adapters:
                 term: Tensor = layer.get_delta_weight(adapter)
-                term = term.detach().to(target.weight.device, torch.float32).reshape(target.weight.shape)
+                term = term.detach().to_dense() if term.is_sparse else term.detach()
+                term = term.to(target.weight.device, torch.float32).reshape(target.weight.shape)
                 total = term if total is None else total + term
     finally:
         layer.training = training
