@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..targets import DenseWeight, Discovery, Target, UnsupportedAdapterError, find_targets, why_inactive
+from ..targets import (
+    DenseWeight,
+    Discovery,
+    Target,
+    UnsupportedAdapterError,
+    find_targets,
+    unrecognized,
+    why_inactive,
+)
 from .base import Perturbation
 from .in_place import InPlace
 from .virtual import VirtualPerturbation
@@ -33,8 +41,10 @@ def choose_perturbations(
             if mode != "auto":
                 raise ValueError(f"{target.name}: {reason}") from None
             found.skipped[target.name] = str(reason)
+    found.unrecognized = unrecognized(model, found.targets, found.skipped, optimized)
     if not perturbations:
-        skipped = f"\nFound, but not usable:\n{found.report()}" if found.skipped else ""
+        left_out = found.report()
+        skipped = f"\nFound, but not usable:\n{left_out}" if left_out else ""
         raise ValueError(
             f"no LoRA module to perturb in {type(model).__name__}. Looked for PEFT layers (`base_layer` with "
             "`lora_A`/`lora_B` of an active adapter), loralib-style layers (`weight`, `lora_A`, `lora_B`, "

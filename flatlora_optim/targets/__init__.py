@@ -11,6 +11,7 @@
 ``weights``         reading a frozen weight: dense, quantized, opaque
 ``sharding``        weights of which each process holds a part
 ``scales``          the paper's row scales ``sigma_t * ||W'[i, :]|| / sqrt(n)``
+``unrecognized``    layers that look like LoRA, and are of none of these types
 ``attributes``      looking into modules by the names of their attributes
 ==================  ===========================================================================
 """
@@ -18,6 +19,7 @@
 from .discovery import Discovery, find_targets, register_target_type, why_inactive
 from .hand_written import register
 from .target import LowRank, Target
+from .unrecognized import unrecognized
 from .weights import DenseWeight, FrozenWeight, UnsupportedAdapterError
 
 __all__ = [
@@ -30,5 +32,6 @@ __all__ = [
     "find_targets",
     "register",
     "register_target_type",
+    "unrecognized",
     "why_inactive",
 ]

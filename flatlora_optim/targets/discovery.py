@@ -38,8 +38,12 @@ class Discovery:
     skipped: dict[str, str] = field(default_factory=dict)
     """Why, by the name of the layer."""
 
+    unrecognized: dict[str, str] = field(default_factory=dict)
+    """What looks like LoRA and is of no known type, by the name of the module."""
+
     def report(self) -> str:
-        return "\n".join(f"  {name}: {reason}" for name, reason in self.skipped.items())
+        every = {**self.skipped, **self.unrecognized}
+        return "\n".join(f"  {name}: {reason}" for name, reason in every.items())
 
 
 def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lambda target: None) -> Discovery:
