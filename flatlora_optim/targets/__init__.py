@@ -4,10 +4,14 @@
 ``discovery``       which modules of a model carry an adapter, and why others are left out
 ``target``          one frozen weight with its adapter: the interface of all adapter types
 ``peft``            PEFT's adapters
-``hand_written``    modules described by :func:`.register`, and loralib's
+``hand_written``    modules described by :func:`.register`
+``libraries``       layers of loralib, LitGPT, torchtune and AdapterHub
+``networks``        adapters outside the model that replace forwards: kohya's, LyCORIS
+``probe``           trying whether a layer does what was said about it
 ``weights``         reading a frozen weight: dense, quantized, opaque
 ``sharding``        weights of which each process holds a part
 ``scales``          the paper's row scales ``sigma_t * ||W'[i, :]|| / sqrt(n)``
+``unrecognized``    layers that look like LoRA, and are of none of these types
 ``attributes``      looking into modules by the names of their attributes
 ==================  ===========================================================================
 """
@@ -15,6 +19,7 @@
 from .discovery import Discovery, find_targets, register_target_type, why_inactive
 from .hand_written import register
 from .target import LowRank, Target
+from .unrecognized import unrecognized
 from .weights import DenseWeight, FrozenWeight, UnsupportedAdapterError
 
 __all__ = [
@@ -27,5 +32,6 @@ __all__ = [
     "find_targets",
     "register",
     "register_target_type",
+    "unrecognized",
     "why_inactive",
 ]
