@@ -82,7 +82,9 @@ def _compiler() -> str:
     if command is None:
         return "-"
     try:
-        answer = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=10, check=True)
+        answer = subprocess.run(
+            [*command, "--version"], capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError) as error:
         return f"{command[0]}: {error}"
     return answer.stdout.partition("\n")[0]
