@@ -78,24 +78,24 @@ test-oldest: $(OLDEST)/.made  ## Run the core tests with the oldest supported re
 test-pythons: $(VENV)/.made  ## Run the core tests with each Python from 3.10 to 3.13 that is here
 	@$(BIN)/python tools/pythons.py $(CORE_TESTS)
 
-LINT ?= .venv-lint
-$(LINT)/.made: constraints.txt pyproject.toml
-	@test -x $(LINT)/bin/python || $(PYTHON) -m venv $(LINT)
-	@echo "Installing ruff, mypy and torch, for its types, into $(LINT) (once)"
-	@$(LINT)/bin/python -m pip install --quiet --upgrade pip
-	@$(LINT)/bin/python -m pip install --quiet --constraint constraints.txt --group lint
+LINTERS ?= .venv-lint
+$(LINTERS)/.made: constraints.txt pyproject.toml
+	@test -x $(LINTERS)/bin/python || $(PYTHON) -m venv $(LINTERS)
+	@echo "Installing ruff, mypy and torch, for its types, into $(LINTERS) (once)"
+	@$(LINTERS)/bin/python -m pip install --quiet --upgrade pip
+	@$(LINTERS)/bin/python -m pip install --quiet --constraint constraints.txt --group lint
 	@# mypy reads torch's sources and runs nothing: what torch depends on is not needed
-	@$(LINT)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps torch
+	@$(LINTERS)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps torch
 	@touch $@
 
-lint: $(LINT)/.made  ## Check style and types
-	@$(LINT)/bin/ruff check .
-	@$(LINT)/bin/ruff format --check .
-	@$(LINT)/bin/mypy
+lint: $(LINTERS)/.made  ## Check style and types
+	@$(LINTERS)/bin/ruff check .
+	@$(LINTERS)/bin/ruff format --check .
+	@$(LINTERS)/bin/mypy
 
-hooks: $(LINT)/.made  ## Have git check style and types before each commit
-	@$(LINT)/bin/python -m pip install --quiet pre-commit
-	@$(LINT)/bin/pre-commit install
+hooks: $(LINTERS)/.made  ## Have git check style and types before each commit
+	@$(LINTERS)/bin/python -m pip install --quiet pre-commit
+	@$(LINTERS)/bin/pre-commit install
 
 docs: $(VENV)/.dev  ## Build the documentation into site/; warnings are errors
 	@$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs site
@@ -111,4 +111,4 @@ generalization: $(VENV)/.dev  ## Run or resume the study in benchmarks/GENERALIZ
 	@$(BIN)/python benchmarks/generalization.py
 
 clean:  ## Remove the virtual environments and caches
-	rm -rf $(VENV) $(OLDEST) $(LINT) .venv-3.* dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(LINTERS) .venv-3.* dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
