@@ -15,7 +15,7 @@
 from .discovery import Discovery, find_targets, register_target_type, why_inactive
 from .hand_written import register
 from .target import LowRank, Target
-from .weights import DenseWeight, FrozenWeight, UnsupportedAdapterError
+from .weights import DenseWeight, FrozenWeight, UnsupportedAdapterError, read_weight
 
 __all__ = [
     "DenseWeight",
@@ -25,6 +25,7 @@ __all__ = [
     "Target",
     "UnsupportedAdapterError",
     "find_targets",
+    "read_weight",
     "register",
     "register_target_type",
     "why_inactive",
