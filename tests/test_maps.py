@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +17,7 @@ PAGES = {"architecture": ARCHITECTURE, "contributing": CONTRIBUTING}
 @pytest.mark.parametrize("page", PAGES)
 def test_named_files_exist(page: str) -> None:
     named = re.findall(r"[\w./-]+/[\w.-]+\.(?:py|c|h|md|yml)\b", PAGES[page])
-    assert len(named) > 10 or page == "architecture"
+    assert len(named) > 5
     missing = [name for name in named if not (PACKAGE / name).exists() and not (ROOT / name).exists()]
     assert missing == []
 
