@@ -20,7 +20,7 @@ from .discovery import Discovery, find_targets, register_target_type, why_inacti
 from .hand_written import register
 from .target import LowRank, Target
 from .unrecognized import unrecognized
-from .weights import DenseWeight, FrozenWeight, UnsupportedAdapterError
+from .weights import DenseWeight, FrozenWeight, UnsupportedAdapterError, read_weight
 
 __all__ = [
     "DenseWeight",
@@ -30,6 +30,7 @@ __all__ = [
     "Target",
     "UnsupportedAdapterError",
     "find_targets",
+    "read_weight",
     "register",
     "register_target_type",
     "unrecognized",
