@@ -130,7 +130,7 @@ class FlatLoRAOptimizer(Adoption):
                 other.close()
         super().__init__(base, initial, schedule)
         self._model = model
-        self.skipped = found.skipped
+        self.skipped = {**found.skipped, **found.unrecognized}
         """Adapter layers that are not perturbed, and why."""
         self._source = source
         self._options = {
@@ -153,7 +153,7 @@ class FlatLoRAOptimizer(Adoption):
         if auto:
             handles += hooks.hook_forwards(self, model)
         self._finalizer = weakref.finalize(self, hooks.release, perturbations, handles)
-        if found.skipped:
+        if self.skipped:
             warnings.warn(f"Flat-LoRA leaves these adapters unperturbed:\n{found.report()}", stacklevel=2)
         for complaint in diagnostics.complaints_of_build(model, self.targets, self.param_groups, own_sigma):
             warnings.warn(complaint, stacklevel=2)
