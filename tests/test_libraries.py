@@ -323,3 +323,24 @@ def test_a_network_of_an_unknown_kind_is_named() -> None:
     network = Other(unet[0])
     with pytest.raises(ValueError, match="0: Other adds no product that is known here"):
         optimizer_for(network.parameters(), unet)
+
+
+def test_a_fused_kernel_that_would_pass_the_noise_is_refused() -> None:
+    """As unsloth and Axolotl put them into attention and MLP modules."""
+    from helpers import with_lora
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.o_proj = quantized(), quantized()
+
+    def apply_lora_qkv(self: Any, x: Tensor) -> Tensor:
+        return x
+
+    net = nn.Module()
+    net.attention = Attention()
+    model = with_lora(net, ["q_proj", "o_proj"])
+    model.base_model.model.attention.apply_qkv = apply_lora_qkv
+    with pytest.warns(UserWarning, match=r"q_proj: a fused kernel \(apply_lora_qkv\) of .*attention reads"):
+        optimizer = optimizer_for(trainable(model), model)
+    assert len(optimizer.skipped) == 1
