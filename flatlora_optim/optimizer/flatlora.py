@@ -264,6 +264,19 @@ class FlatLoRAOptimizer(Adoption):
         finally:
             self._weights.resume(suspension)
 
+    @contextmanager
+    def recomputed(self) -> Iterator[None]:
+        """A block for losses that embed twice, as GradCache and the cached losses of sentence-transformers:
+        at first without gradients, then once more inside of ``backward()``.
+
+        Training forwards see noise in it also under ``no_grad``, so that both passes see the same.
+        """
+        before, self._forwards.are_recomputed = self._forwards.are_recomputed, True
+        try:
+            yield
+        finally:
+            self._forwards.are_recomputed = before
+
     def _put_noise_on(self) -> None:
         noises = self._draw()
         if any(noises):
