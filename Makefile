@@ -7,10 +7,11 @@ export TOKENIZERS_PARALLELISM = false
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-# What `pip install` and torch alone have to do with: the optimizer, its weights and its noise.
+# The core: what needs torch, PEFT and bitsandbytes alone. The slow ones compile C, or measure much.
 tests = $(patsubst %,tests/test_%.py,$(1))
-FAST_TESTS := $(call tests,@FAST@)
-CORE_TESTS := $(FAST_TESTS) $(call tests,@REST@)
+FAST_TESTS := $(call tests,bad_input checkpoint exactness extending kernels layout lifetime misuse \
+	noise observers optimizer quantized schedules state_machine styles table targets virtual)
+CORE_TESTS := $(FAST_TESTS) $(call tests,docstrings landscape native)
 
 .PHONY: help demo qlora test test-fast explore coverage test-oldest test-pythons lint hooks docs package \
 	bench generalization clean
