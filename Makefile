@@ -7,11 +7,11 @@ export TOKENIZERS_PARALLELISM = false
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-# The core: what needs torch, PEFT and bitsandbytes alone. The slow ones compile C, or measure much.
+# The core: what needs torch, PEFT and bitsandbytes alone.
 tests = $(patsubst %,tests/test_%.py,$(1))
-FAST_TESTS := $(call tests,bad_input checkpoint exactness extending kernels layout lifetime misuse \
-	noise observers optimizer quantized schedules state_machine styles table targets virtual)
-CORE_TESTS := $(FAST_TESTS) $(call tests,docstrings landscape native)
+CORE_TESTS := $(call tests,bad_input checkpoint docstrings exactness experts extending kernels landscape layout lifetime \
+	misuse native noise nothing_silent observers optimizer quantized register schedules state_machine styles table targets virtual)
+FAST_TESTS := $(filter-out $(call tests,docstrings landscape native),$(CORE_TESTS)) # those compile C, or measure much
 
 .PHONY: help demo qlora test test-fast explore coverage test-oldest test-pythons lint hooks docs package \
 	bench generalization clean
