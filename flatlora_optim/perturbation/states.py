@@ -25,7 +25,7 @@ from ..noise import Noise, NoiseKey, NoiseSource
 from ..targets import DenseWeight, Target, sharding
 from ..targets.scales import RowNorms, merged_norms, row_scales
 from ..targets.sharding import local_part
-from .base import Perturbation, apply_all, forget_changed, remove_all
+from .base import Perturbation, apply_all, forget_changed, remove_all, seal_all
 from .in_place import change_noticed
 from .virtual import VirtualPerturbation
 
@@ -191,9 +191,7 @@ class NoisyWeights:
             with self.timed():
                 apply_all(self.perturbations, self._noises)
             versions.close()
-            # From here on, a write by anybody else is noticed.
-            for perturbation in self.perturbations:
-                perturbation.seal()
+            seal_all(self.perturbations)
         except BaseException:
             self.restore()
             raise
