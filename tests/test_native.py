@@ -229,7 +229,9 @@ def test_the_norm_increase_knows_nothing_of_the_product_before(rank: int) -> Non
     matrix, left, right = torch.randn(6, 40), torch.randn(6, rank), torch.randn(rank, 40)
     (expected,) = native.norm_increases([Product(matrix, left, right)])
     for value in (math.nan, math.inf):
-        native.norm_increases([Product(matrix, torch.full((6, rank + 1), value), torch.full((rank + 1, 40), value))])
+        native.norm_increases(
+            [Product(matrix, torch.full((6, rank + 1), value), torch.full((rank + 1, 40), value))]
+        )
         (found,) = native.norm_increases([Product(matrix, left, right)])
         assert torch.equal(found, expected)
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import native, plain
-from .part import Keep, Key, Part, Recipe
+from .part import Keep, Key, Part, Recipe, refuse_capture
 from .plain import Product
 from .threads import interprets_triton
 
@@ -105,6 +105,8 @@ def _by_kind(parts: Iterable[Part]) -> dict[type[Part], list[Part]]:
     kinds: dict[type[Part], list[Part]] = {}
     for part in parts:
         kinds.setdefault(type(part), []).append(part)
+    for device in {part.rows.device for some in kinds.values() for part in some}:
+        refuse_capture(device)
     return kinds
 
 

@@ -61,15 +61,20 @@ class Recipe(Protocol):
     def scales_of(self, lo: int, hi: int) -> Tensor: ...
 
 
-def read(tensor: Tensor) -> list[int]:
+def read(tensor: Tensor) -> list[Any]:
     """Waits for the device, and has its answer: nothing else in the package does so at each step."""
-    values: list[int] = tensor.tolist()
+    values: list[Any] = tensor.tolist()
     return values
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph records what is launched."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture(device: torch.device) -> None:
     """Raises RuntimeError while a CUDA graph records what is launched."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_captured(device):
         raise RuntimeError(
             "noise can't come or go while a CUDA graph is captured: each replay would repeat the noise of "
             "one step. Capture forward and backward alone, of weights that are perturbed in place, with "

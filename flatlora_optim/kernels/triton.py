@@ -479,7 +479,6 @@ def _stream(device: torch.device) -> Any:
 @contextmanager
 def _on(device: torch.device) -> Iterator[None]:
     """Triton launches on the current device."""
-    part.refuse_capture(device)
     if device.type != "cuda":
         yield
         return

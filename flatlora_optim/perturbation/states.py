@@ -11,6 +11,7 @@ They are in one of three states:
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..kernels import kernels_of
+from ..kernels.part import read
 from ..noise import Noise, NoiseKey, NoiseSource
 from ..targets import DenseWeight, Target, sharding
 from ..targets.scales import RowNorms, merged_norms, row_scales
@@ -174,6 +176,16 @@ class NoisyWeights:
                     "elements, also where the schedule is at its height. Take a larger sigma, or float32",
                     stacklevel=2,
                 )
+
+    def noise_norm(self, noises: Sequence[Noise | None]) -> float:
+        """The expected Frobenius norm over all weights. Waits once for each device."""
+        squared = 0.0
+        present = [(noise, t.weight.columns) for noise, t in zip(noises, self.targets, strict=False) if noise]
+        for device in {noise.scales.device for noise, _ in present}:
+            there = [(noise.scales, columns) for noise, columns in present if noise.scales.device == device]
+            norms = read(torch.stack(torch._foreach_norm([scales for scales, _ in there])))
+            squared += sum(norm**2 * columns for norm, (_, columns) in zip(norms, there, strict=True))
+        return math.sqrt(squared)
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that in-place noise is written to."""
