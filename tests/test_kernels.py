@@ -53,7 +53,8 @@ def test_everything_below_under_the_interpreter() -> None:
 
 @compiled
 def test_an_interpreter_that_is_switched_off_changes_nothing() -> None:
-    code = "import torch; from flatlora_optim.kernels import kernels_of\nprint(kernels_of(torch.device('cpu')).name)"
+    code = "import torch\nfrom flatlora_optim.kernels import kernels_of\n"
+    code += "print(kernels_of(torch.device('cpu')).name)"
     for value in ("0", "", "false"):
         environment = os.environ | {"TRITON_INTERPRET": value}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
