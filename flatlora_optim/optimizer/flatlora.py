@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..noise import Noise, NoiseKey, NoiseSource, noise_source
+from ..noise import Noise, NoiseKey, NoiseSource, NoiseTable, noise_source
 from ..perturbation import RESTORE_MODES, NoisyWeights, choose_perturbations
 from ..targets import Target, sharding
 from . import diagnostics, hooks, other_steps
@@ -121,6 +121,9 @@ class FlatLoRAOptimizer(Adoption):
         optimized = {id(p) for group in base.param_groups for p in group["params"]}
         own_sigma = [group.get(SIGMA, sigma) not in (0, sigma) for group in base.param_groups]
         perturbations, found = choose_perturbations(model, optimized, mode, restore)
+        if isinstance(source, NoiseTable):
+            for perturbation in perturbations:
+                source.check_device(perturbation.target.weight.device)
 
         # Nothing has been changed up to here, and nothing below fails.
         for other in hooks.attached_optimizers(model):
@@ -405,12 +408,8 @@ class FlatLoRAOptimizer(Adoption):
     def metrics(self) -> dict[str, float]:
         """For loggers: the current step's ``sigma`` and ``noise_norm`` (expected Frobenius norm, over all
         weights; 0 before the step's first perturbation), and the ``seconds`` spent on noise so far."""
-        squared = sum(
-            float(noise.scales.double().square().sum()) * target.weight.columns
-            for noise, target in zip(self._noises or [], self.targets, strict=False)
-            if noise is not None
-        )
-        return {"sigma": self.sigma, "noise_norm": squared**0.5, "seconds": self._weights.seconds}
+        norm = self._weights.noise_norm(self._noises or [])
+        return {"sigma": self.sigma, "noise_norm": norm, "seconds": self._weights.seconds}
 
     def memory(self) -> int:
         """Bytes held right now to be able to restore (journals or snapshots)."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .attributes import has, is_set
 from .hand_written import HandWrittenLoRA, Registration
 from .probe import complaint_of
-from .target import LowRank, Target, values_of
+from .target import LowRank, Target, factor_of
 from .weights import UnsupportedAdapterError
 
 
@@ -166,7 +166,7 @@ class AdapterHubLinear(LibraryLayer):
     def delta(self) -> LowRank | Tensor | None:
         if (lora := self._active()) is None:
             return None
-        left, right = (values_of(factor, self.weight.device) for factor in (lora.lora_B, lora.lora_A))
+        left, right = (factor_of(factor, self.weight.device) for factor in (lora.lora_B, lora.lora_A))
         if not hasattr(lora, "lora_ind"):
             return self.low_rank(left, right, float(lora.scaling))
         slices = sum(lora.enable_lora)
