@@ -32,6 +32,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
+from digits import Task as Digits
 from flatlora_optim import FlatLoRAOptimizer
 from flatlora_optim.landscape import (
     ExpectedLoss,
@@ -44,7 +45,6 @@ from flatlora_optim.landscape import (
     slice_1d,
     slice_2d,
 )
-from digits import Task as Digits
 from sam import SAM
 
 BASELINE = "LoRA"
@@ -225,8 +225,8 @@ def markdown(results: dict[str, list[Result]], task: Task, args: argparse.Namesp
     return (
         f"{MARKS[0]} {known} -->\n"
         f"{task.title[0].upper()}{task.title[1:]}; {args.steps} steps, lr {args.lr:g}, σ = {args.sigma:g}, "  # noqa: RUF001
-        f"ρ = {args.rho:g}. Mean of {args.seeds} seeds ± half of the 95 % interval; differences are paired by seed, "  # noqa: RUF001
-        f"bold where the interval excludes 0.\n\n{table}\n\n"
+        f"ρ = {args.rho:g}. Mean of {args.seeds} seeds ± half of the 95 % interval; differences are "  # noqa: RUF001
+        f"paired by seed, bold where the interval excludes 0.\n\n{table}\n\n"
         f"Written by `make demo-readme` at commit {commit()}, in {minutes:.0f} minutes.\n{MARKS[1]}"
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from flatlora_optim import FlatLoRAOptimizer, NoiseKey
-from flatlora_optim.landscape import expected_loss
-from study.methods import METHODS, BiLoRA, EFMLoRA, Method, pseudo_inverse
+from study.methods import Method
 from study.population import AdamW, AdaptedLinear, Examples, Population
 from study.tasks import digits
 

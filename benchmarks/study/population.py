@@ -32,13 +32,8 @@ class Examples:
     def take(self, index: Tensor) -> Examples:
         return Examples(tuple(x[index] for x in self.inputs), self.labels[index])
 
-    def flat(self) -> Examples:
-        """The runs' examples one after the other: two leading dimensions become one."""
-        return Examples(tuple(x.flatten(0, 1) for x in self.inputs), self.labels.flatten(0, 1))
-
-    def pieces(self, size: int) -> Iterator[Examples]:
-        for start in range(0, len(self), size):
-            yield self.take(torch.arange(start, min(start + size, len(self))))
+    def to(self, device: torch.device) -> Examples:
+        return Examples(tuple(x.to(device) for x in self.inputs), self.labels.to(device))
 
 
 class AdaptedLinear(nn.Module):
@@ -132,9 +127,10 @@ class Population:
         heads: Sequence[str] = (),
         rank: int = 4,
         scaling: float = 2.0,
+        device: torch.device | None = None,
     ) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        self.seeds, self.rank = list(seeds), rank
+        self.model = copy.deepcopy(model).requires_grad_(False).eval().to(device)
+        self.seeds, self.rank, self.device = list(seeds), rank, device or torch.device("cpu")
         self.layers: list[AdaptedLinear] = []
         trained: list[AdaptedLinear | TrainedLinear] = []
         for name, module in list(self.model.named_modules()):
@@ -147,7 +143,7 @@ class Population:
             setattr(self.model.get_submodule(name.rpartition(".")[0]), last, new)
             trained.append(new)
         self._lay_out(trained)
-        self.last_losses = torch.zeros(len(seeds))
+        self.last_losses = torch.zeros(len(seeds), device=self.device)
         """Of the runs, where the last gradient was taken."""
 
     def __len__(self) -> int:
@@ -155,11 +151,11 @@ class Population:
 
     def _lay_out(self, trained: list[AdaptedLinear | TrainedLinear]) -> None:
         runs = len(self)
-        generators = self.generators(0)
+        generators = [torch.Generator().manual_seed(1_000_003 * seed) for seed in self.seeds]
         starts = [[module.reset(generator) for module in trained] for generator in generators]
         count = sum(math.prod(shape) for module in trained for shape in module.parts().values())
-        self.theta = torch.empty(runs, count)
-        self.on_adapters = torch.zeros(count, dtype=torch.bool)
+        self.theta = torch.empty(runs, count, device=self.device)
+        self.on_adapters = torch.zeros(count, dtype=torch.bool, device=self.device)
         """Which of the parameters are in A or B."""
         self.where: dict[tuple[int, str], slice] = {}
         """Columns of ``theta`` that hold A or B of a layer."""
@@ -178,8 +174,8 @@ class Population:
                     self.where[self.layers.index(module), name] = part
 
     def generators(self, stream: int) -> list[torch.Generator]:
-        """One for each run, of its own seed; streams don't share numbers."""
-        return [torch.Generator().manual_seed(1_000_003 * seed + stream) for seed in self.seeds]
+        """One for each run, of its own seed; streams from 1 don't share numbers."""
+        return [torch.Generator(self.device).manual_seed(1_000_003 * seed + stream) for seed in self.seeds]
 
     def logits(self, examples: Examples) -> Tensor:
         """Of flat examples, all runs one after the other."""
