@@ -562,6 +562,10 @@ def test_planes_of_several_models_share_their_scale(pyplot: Any) -> None:
     assert left.get_title() == "LoRA"
     assert len(left.figure.axes) == 3  # one colorbar for both
     assert len(left.collections) == 2  # filled, and lines
+    levels = left.collections[1].levels
+    assert levels[0] <= 0
+    assert levels[-1] == pytest.approx(float(steeper.losses.max()) - plane.at_minimum, rel=1e-6)
+    assert {f"{level:.0e}"[0] for level in levels[1:-1]} <= {"1", "2", "5"}
 
     ax = landscape.plot_slice_2d(plane)
     assert ax.get_xlabel() == "direction 1"

@@ -139,7 +139,7 @@ class BiLoRA(Method):
 
     def __init__(self, population: Population, strength: Tensor, steps: int) -> None:
         super().__init__(population, strength, steps)
-        half = population.rank // 2
+        half = population.rank
         second = torch.zeros_like(population.on_adapters)
         for (number, name), part in population.where.items():
             mask = torch.zeros_like(getattr(population.layers[number], name)[0], dtype=torch.bool)

@@ -61,7 +61,8 @@ class Task(ABC):
             seeds,
             targets=self.targets,
             heads=self.heads,
-            rank=adapters * self.rank,
+            rank=self.rank,
+            adapters=adapters,
             scaling=self.scaling,
             device=self.device,
         )
