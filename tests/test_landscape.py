@@ -544,7 +544,7 @@ def test_plot_of_slices_is_the_rise_with_a_band_over_directions(pyplot: Any) -> 
     assert ax.lines[0].get_ydata()[2] == pytest.approx(0, abs=1e-6)  # at W
     assert len(ax.collections) == 1  # a single direction has no band
     assert {line.get_xdata()[0] for line in ax.lines[2:]} == {-0.25, 0.25}
-    assert [text.get_text() for text in ax.texts] == [r"$\pm\sigma$"]
+    assert [text.get_text() for text in ax.texts] == [r"$\pm\sigma$ "]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["LoRA", "Flat-LoRA"]
 
     own = pyplot.subplots()[1]

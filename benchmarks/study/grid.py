@@ -224,22 +224,26 @@ def chosen(cell: Cell, results: Results) -> dict[str, tuple[float, int, float]]:
     return best
 
 
-def curve(cell: Cell) -> list[Key]:
-    """LoRA and Flat-LoRA at fixed settings, over sigma."""
-    sigmas = (0.0, *cell.curve) if cell.curve else ()
-    return [key for sigma in sigmas for key in _at(cell, sigma, cell.fixed[1])]
+def curve(cell: Cell, seeds: range | None = None) -> list[Key]:
+    """LoRA and Flat-LoRA at fixed settings, over sigma; all seeds unless some are named."""
+    points = [(cell.fixed[1], sigma) for sigma in cell.curve and (0.0, *cell.curve)]
+    return _at(cell, points, seeds or range(cell.seeds))
 
 
 def lengths(cell: Cell) -> list[Key]:
     """The same over the length of training."""
+    points = [(steps, sigma) for steps in cell.lengths for sigma in (0.0, *LENGTH_SIGMAS)]
+    return _at(cell, points, range(cell.seeds))
+
+
+def _at(cell: Cell, points: list[tuple[int, float]], seeds: range) -> list[Key]:
+    """All points for a block of seeds before the next block."""
     return [
-        key for steps in cell.lengths for sigma in (0.0, *LENGTH_SIGMAS) for key in _at(cell, sigma, steps)
+        Key(cell.name, "curve", Run("Flat-LoRA" if sigma else BASELINE, cell.fixed[0], steps, sigma, seed))
+        for first in range(seeds.start, seeds.stop, cell.together)
+        for steps, sigma in points
+        for seed in range(first, min(first + cell.together, seeds.stop))
     ]
-
-
-def _at(cell: Cell, sigma: float, steps: int) -> list[Key]:
-    method, lr = "Flat-LoRA" if sigma else BASELINE, cell.fixed[0]
-    return [Key(cell.name, "curve", Run(method, lr, steps, sigma, seed)) for seed in range(cell.seeds)]
 
 
 def final(cell: Cell, results: Results, seeds: range) -> list[Key]:
@@ -264,6 +268,7 @@ def stages(cells: Sequence[Cell], results: Results) -> Iterator[tuple[Cell, Stag
     for task in dict.fromkeys((cell.task, not cell.tuned_as) for cell in cells):
         group = [cell for cell in cells if (cell.task, not cell.tuned_as) == task]
         for cell in group:
+            yield cell, partial(curve, cell, range(cell.together))
             if not cell.tuned_as:
                 yield cell, partial(tuning, cell)
             yield cell, partial(final, cell, results, range(cell.together))

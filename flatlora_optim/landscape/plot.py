@@ -137,7 +137,7 @@ def plot_slice_2d(
 
 
 def _levels(least: float, most: float, count: int) -> list[float]:
-    """From the least to the most by steps of 1, 2, 5, 10, …, so that flat and steep models can be told apart."""
+    """Steps of 1, 2, 5, 10, …, so that flat and steep models can be told apart."""
     power = math.floor(math.log10(most)) if most > 0 else 0
     round_numbers = (m * 10.0**k for k in range(power, power - count, -1) for m in (5, 2, 1))
     between = [x for x in round_numbers if max(least, 0.0) < x < most][:count]
