@@ -215,7 +215,9 @@ def printed(results: dict[str, list[Result]], task: Task, args: argparse.Namespa
     return table
 
 
-def markdown(results: dict[str, list[Result]], task: Task, args: argparse.Namespace, minutes: float) -> str:
+def markdown(
+    results: dict[str, list[Result]], task: Task, args: argparse.Namespace, minutes: float, at: str
+) -> str:
     """The README's part, with what a test needs to see whether it still holds."""
     lines = [head(results), ["---", *["---:"] * (len(head(results)) - 1)], *rows(results, args)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -226,7 +228,7 @@ def markdown(results: dict[str, list[Result]], task: Task, args: argparse.Namesp
         f"ρ = {args.rho:g}. Mean of {args.seeds} seeds ± half of the 95 % interval; differences are "  # noqa: RUF001
         f"paired by seed, bold where the interval excludes 0.\n\n{table}\n\n"
         f"![Loss increase over sigma for LoRA, Flat-LoRA and SAM]({PICTURE})\n\n"
-        f"Written by `make demo-readme` at commit {commit()}, in {minutes:.0f} minutes.\n{MARKS[1]}"
+        f"Written by `make demo-readme` at commit {at}, in {minutes:.0f} minutes.\n{MARKS[1]}"
     )
 
 
@@ -337,7 +339,7 @@ def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     console = Console()
     task = load(args.task) if args.task else Digits()
-    start = time.perf_counter()
+    start, at = time.perf_counter(), commit() if args.write_readme else ""
     with Progress(console=console) as progress:
         results = compare(task, args, progress)
     minutes = (time.perf_counter() - start) / 60
@@ -345,7 +347,7 @@ def main() -> None:
     pictures = draw(results, args.output, args)
     console.print(*pictures, sep="\n")
     if args.write_readme:
-        write_readme(markdown(results, task, args, minutes))
+        write_readme(markdown(results, task, args, minutes, at))
         shutil.copy(pictures[0], README.parent / PICTURE)
 
 

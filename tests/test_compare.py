@@ -102,7 +102,7 @@ def test_the_table_pairs_seeds_and_marks_what_is_beyond_its_interval() -> None:
     # t(0.975, 2) / sqrt(3) times the standard deviations 40 and 0.1
     assert lines[0] == ["accuracy, clean images, %", "50.0 ± 99.4", "52.1 ± 99.6", "**+2.1 ± 0.2**"]
     assert lines[2][-1] == "+0.000 ± 0.248"
-    text = compare.markdown(results, Task(), args, minutes=3.2)
+    text = compare.markdown(results, Task(), args, 3.2, "0123abc")
     assert text.startswith(compare.MARKS[0])
     assert text.endswith(compare.MARKS[1])
     assert "| accuracy, clean images, % | 50.0 ± 99.4 | 52.1 ± 99.6 | **+2.1 ± 0.2** |" in text
