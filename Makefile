@@ -5,7 +5,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo demo-readme qlora test coverage test-oldest lint docs bench study clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# What `pip install` and torch alone have to do with: the optimizer, its weights and its noise.
+tests = $(patsubst %,tests/test_%.py,$(1))
+FAST_TESTS := $(call tests,@FAST@)
+CORE_TESTS := $(FAST_TESTS) $(call tests,@REST@)
+
+.PHONY: help demo demo-readme qlora test test-fast explore coverage test-oldest test-pythons lint hooks docs package \
+	bench study clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
