@@ -150,7 +150,9 @@ def complaints_of_build(
         own_sigma: Which of them came with a sigma of their own that is neither 0 nor that of the rest.
     """
     parameters = [p for group in groups for p in group["params"]]
-    if pairs := list(_foreign_pairs(model, parameters)):
+    covered = {id(p) for target in targets for p in target.all_parameters()}
+    own = covered | {id(p) for p in model.parameters()}
+    if pairs := list(_foreign_pairs(own, parameters)):
         shapes = ", ".join(f"{tuple(a.shape)} and {tuple(b.shape)}" for a, b in pairs[:2])
         yield (
             f"base trains {len(pairs)} pairs of matrices that look like LoRA ({shapes}"
@@ -158,7 +160,6 @@ def complaints_of_build(
             f"{coverage(targets, parameters)}. If another model is trained, too, pass both: "
             "FlatLoRAOptimizer(base, [unet, text_encoder], ...)"
         )
-    covered = {id(p) for target in targets for p in target.all_parameters()}
     for number, (group, is_own) in enumerate(zip(groups, own_sigma, strict=True)):
         if is_own and covered.isdisjoint(id(p) for p in group["params"]):
             yield (
@@ -168,9 +169,8 @@ def complaints_of_build(
             )
 
 
-def _foreign_pairs(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Neighbours of shapes ``(r, n)`` and ``(m, r)``, of low rank, that are not the model's."""
-    own = {id(p) for p in model.parameters()}
+def _foreign_pairs(own: set[int], parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Neighbours of shapes ``(r, n)`` and ``(m, r)``, of low rank, that are not the model's own."""
     matrices = [p for p in parameters if p.ndim == 2 and id(p) not in own]
     for a, b in pairwise(matrices):
         rank = a.shape[0]
