@@ -79,6 +79,19 @@ $(OLDEST)/.made: constraints-oldest.txt pyproject.toml
 test-oldest: $(OLDEST)/.made  ## Run the core tests with the oldest supported releases
 	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadfile $(CORE_TESTS)
 
+ZOO ?= .venv-zoo
+$(ZOO)/.made: constraints-zoo.txt
+	@test -x $(ZOO)/bin/python || $(PYTHON) -m venv $(ZOO)
+	@echo "Installing LoRA libraries that need old releases of others into $(ZOO) (several GB, once)"
+	@$(ZOO)/bin/python -m pip install --quiet --upgrade pip
+	@$(ZOO)/bin/python -m pip install --quiet --constraint constraints-zoo.txt torch
+	@$(ZOO)/bin/python -m pip install --quiet --constraint constraints-zoo.txt --requirement constraints-zoo.txt \
+		--editable .
+	@touch $@
+
+test-zoo: $(ZOO)/.made  ## Meet loralib, LitGPT, torchtune, AdapterHub, LyCORIS and Keras themselves
+	@OMP_NUM_THREADS=1 $(ZOO)/bin/python -m pytest tests/zoo
+
 test-pythons: $(VENV)/.made  ## Run the core tests with each Python from 3.10 to 3.13 that is here
 	@$(BIN)/python tools/pythons.py $(CORE_TESTS)
 
@@ -115,4 +128,4 @@ study: $(VENV)/.dev  ## Run or resume the study in benchmarks/GENERALIZATION.md 
 	@$(BIN)/python benchmarks/generalization.py
 
 clean:  ## Remove the virtual environments and caches
-	rm -rf $(VENV) $(OLDEST) $(LINTERS) .venv-3.* dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(ZOO) $(LINTERS) .venv-3.* dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

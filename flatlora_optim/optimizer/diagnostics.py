@@ -167,7 +167,9 @@ def complaints_of_build(
         own_sigma: Which of them came with a sigma of their own that is neither 0 nor that of the rest.
     """
     parameters = [p for group in groups for p in group["params"]]
-    pairs = list(_foreign_pairs(model, parameters))
+    covered = _adapters_of(targets)
+    own = covered.keys() | {id(p) for p in model.parameters()}
+    pairs = list(_foreign_pairs(own, parameters))
     if len(pairs) > 1:  # a single one may be a bottleneck
         shapes = ", ".join(f"{tuple(a.shape)} and {tuple(b.shape)}" for a, b in pairs[:2])
         yield (
@@ -176,7 +178,6 @@ def complaints_of_build(
             f"{coverage(targets, parameters)}. If another model is trained, too, pass both: "
             "FlatLoRAOptimizer(base, [unet, text_encoder], ...)"
         )
-    covered = _adapters_of(targets)
     for number, (group, is_own) in enumerate(zip(groups, own_sigma, strict=True)):
         if is_own and not any(id(p) in covered for p in group["params"]):
             yield (
@@ -186,12 +187,11 @@ def complaints_of_build(
             )
 
 
-def _foreign_pairs(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Neighbours of shapes ``(r, n)`` and ``(m, r)``, of low rank, that are not the model's.
+def _foreign_pairs(own: set[int], parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Neighbours of shapes ``(r, n)`` and ``(m, r)``, of low rank, that are not the model's own.
 
     Heads have a bias between two matrices.
     """
-    own = {id(p) for p in model.parameters()}
     for a, b in pairwise(p for p in parameters if id(p) not in own):
         if a.ndim == b.ndim == 2:
             rank = a.shape[0]
