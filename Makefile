@@ -79,8 +79,8 @@ $(OLDEST)/.made: constraints-oldest.txt pyproject.toml
 test-oldest: $(OLDEST)/.made  ## Run the core tests with the oldest supported releases
 	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadfile $(CORE_TESTS)
 
-test-pythons: $(VENV)/.made  ## Run the core tests with each Python from 3.10 to 3.13 that is here
-	@$(BIN)/python tools/pythons.py $(CORE_TESTS)
+test-pythons:  ## Run the core tests with each Python from 3.10 to 3.13 that is here (or PYTHONS=...)
+	@$(PYTHON) tools/pythons.py $(PYTHONS) $(CORE_TESTS)
 
 LINTERS ?= .venv-lint
 $(LINTERS)/.made: constraints.txt pyproject.toml
