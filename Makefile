@@ -92,8 +92,8 @@ $(ZOO)/.made: constraints-zoo.txt
 test-zoo: $(ZOO)/.made  ## Meet loralib, LitGPT, torchtune, AdapterHub, LyCORIS and Keras themselves
 	@OMP_NUM_THREADS=1 $(ZOO)/bin/python -m pytest tests/zoo
 
-test-pythons: $(VENV)/.made  ## Run the core tests with each Python from 3.10 to 3.13 that is here
-	@$(BIN)/python tools/pythons.py $(CORE_TESTS)
+test-pythons:  ## Run the core tests with each Python from 3.10 to 3.13 that is here (or PYTHONS=...)
+	@$(PYTHON) tools/pythons.py $(PYTHONS) $(CORE_TESTS)
 
 LINTERS ?= .venv-lint
 $(LINTERS)/.made: constraints.txt pyproject.toml
