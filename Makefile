@@ -5,7 +5,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo qlora test coverage test-oldest lint docs bench generalization clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# What `pip install` and torch alone have to do with: the optimizer, its weights and its noise.
+tests = $(patsubst %,tests/test_%.py,$(1))
+FAST_TESTS := $(call tests,@FAST@)
+CORE_TESTS := $(FAST_TESTS) $(call tests,@REST@)
+
+.PHONY: help demo qlora test test-fast explore coverage test-oldest test-pythons lint hooks docs package \
+	bench generalization clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -20,17 +28,17 @@ $(VENV)/.made: constraints.txt
 
 $(VENV)/.demo: $(VENV)/.made pyproject.toml
 	@echo "Installing flatlora-optim and what its demo needs into $(VENV) (once)"
-	@$(PIP) --editable '.[demo]'
+	@$(PIP) --editable . --group demo
 	@touch $@
 
 $(VENV)/.examples: $(VENV)/.made pyproject.toml
 	@echo "Installing flatlora-optim and what its examples need into $(VENV) (once)"
-	@$(PIP) --editable '.[examples]'
+	@$(PIP) --editable . --group examples
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.dev: $(VENV)/.made pyproject.toml
 	@echo "Installing flatlora-optim and what its tests and examples need into $(VENV) (a few minutes, once)"
-	@$(PIP) --editable '.[dev]'
+	@$(PIP) --editable . --group dev
 	@touch $@ $(VENV)/.demo $(VENV)/.examples
 
 demo: $(VENV)/.demo  ## Fine-tune MiniLM on movie reviews, with and without Flat-LoRA (some minutes)
@@ -39,37 +47,62 @@ demo: $(VENV)/.demo  ## Fine-tune MiniLM on movie reviews, with and without Flat
 qlora: $(VENV)/.examples  ## Fine-tune a 4-bit SmolLM2 on arithmetic, with and without Flat-LoRA
 	@$(BIN)/python examples/qlora.py
 
-test: $(VENV)/.dev  ## Run the test suite
-	@echo "Running the tests, one process per core"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+test: $(VENV)/.dev  ## Run the test suite (about 8 minutes on 2 cores)
+	@echo "Running all tests, one process per core: about 8 minutes on 2 cores (make test-fast: 90 seconds)"
+	@$(PYTEST)
+
+test-fast: $(VENV)/.dev  ## Run the tests of the core (under 90 seconds on 2 cores)
+	@$(PYTEST) --quiet $(FAST_TESTS)
+
+BUDGET ?= 120
+explore: $(VENV)/.dev  ## Run the property tests with fresh random seeds, for BUDGET=120 seconds
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/explore.py $(BUDGET)
 
 # A signal that comes while coverage holds its own lock would stop the run for good.
 coverage: $(VENV)/.dev  ## Run the test suite and show which lines and branches it misses
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
+	@$(PYTEST) \
 		--cov --cov-report=term-missing:skip-covered --deselect tests/trust/test_faults.py::test_a_signal_at_any_time
 
 OLDEST ?= .venv-oldest
-OLDEST_TESTS := $(patsubst %,tests/test_%.py,styles optimizer observers misuse lifetime state_machine exactness \
-	noise targets checkpoint bad_input virtual quantized schedules landscape kernels native table docstrings)
-
 $(OLDEST)/.made: constraints-oldest.txt pyproject.toml
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	@echo "Installing the oldest supported releases into $(OLDEST) (several GB, once)"
 	@$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
-	@$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[qlora]' \
-		hypothesis pytest pytest-timeout pytest-xdist scipy
+	@$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt \
+		--editable . --group core
 	@touch $@
 
 test-oldest: $(OLDEST)/.made  ## Run the core tests with the oldest supported releases
-	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadfile $(OLDEST_TESTS)
+	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadfile $(CORE_TESTS)
 
-lint: $(VENV)/.dev  ## Check style and types
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+test-pythons: $(VENV)/.made  ## Run the core tests with each Python from 3.10 to 3.13 that is here
+	@$(BIN)/python tools/pythons.py $(CORE_TESTS)
+
+LINTERS ?= .venv-lint
+$(LINTERS)/.made: constraints.txt pyproject.toml
+	@test -x $(LINTERS)/bin/python || $(PYTHON) -m venv $(LINTERS)
+	@echo "Installing ruff, mypy and torch, for its types, into $(LINTERS) (once)"
+	@$(LINTERS)/bin/python -m pip install --quiet --upgrade pip
+	@$(LINTERS)/bin/python -m pip install --quiet --constraint constraints.txt --group lint
+	@# mypy reads torch's sources and runs nothing: what torch depends on is not needed
+	@$(LINTERS)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps torch
+	@touch $@
+
+lint: $(LINTERS)/.made  ## Check style and types
+	@$(LINTERS)/bin/ruff check .
+	@$(LINTERS)/bin/ruff format --check .
+	@$(LINTERS)/bin/mypy
+
+hooks: $(LINTERS)/.made  ## Have git check style and types before each commit
+	@$(LINTERS)/bin/python -m pip install --quiet pre-commit
+	@$(LINTERS)/bin/pre-commit install
 
 docs: $(VENV)/.dev  ## Build the documentation into site/; warnings are errors
 	@$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs site
+
+package: $(VENV)/.made  ## Build sdist and wheel into dist/, and try the wheel with torch alone (ADDRESS=... of the repository)
+	@$(PIP) build twine
+	@$(BIN)/python tools/package.py $(ADDRESS) $(REVISION)
 
 bench: $(VENV)/.dev  ## Measure speed, memory and drift; writes benchmarks/RESULTS.md (under 15 minutes)
 	@$(BIN)/python benchmarks/run.py
@@ -78,4 +111,4 @@ generalization: $(VENV)/.dev  ## Run or resume the study in benchmarks/GENERALIZ
 	@$(BIN)/python benchmarks/generalization.py
 
 clean:  ## Remove the virtual environments and caches
-	rm -rf $(VENV) $(OLDEST) site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(LINTERS) .venv-3.* dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

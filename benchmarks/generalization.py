@@ -64,7 +64,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--cell", default="", help="only cells whose name contains this")
     parser.add_argument("--quick", action="store_true", help="a trial; its results go to outputs/")
-    parser.add_argument("--report", action="store_true", help="write the report of what is there, run nothing")
+    parser.add_argument(
+        "--report", action="store_true", help="write the report of what is there, run nothing"
+    )
     return parser.parse_args()
 
 

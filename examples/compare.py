@@ -103,7 +103,9 @@ def train(task: Task, method: str, seed: int, args: argparse.Namespace) -> tuple
     )
     optimizer: Any = base
     if method == "Flat-LoRA":
-        optimizer = FlatLoRAOptimizer(base, model, sigma=args.sigma, total_steps=args.steps, seed=seed, auto=False)
+        optimizer = FlatLoRAOptimizer(
+            base, model, sigma=args.sigma, total_steps=args.steps, seed=seed, auto=False
+        )
     elif method == "LoRA + SAM":
         adapters = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
         optimizer = SAM(base, args.rho, adapters)
@@ -186,7 +188,9 @@ def rows(results: dict[str, list[Result]], args: argparse.Namespace) -> list[lis
                 continue
             differences = [a - b for a, b in zip(values, columns[BASELINE], strict=True)]
             text = spread(differences, "+" + style) if paired else ""
-            beyond = paired and len(values) > 1 and abs(statistics.mean(differences)) > half_interval(differences)
+            beyond = (
+                paired and len(values) > 1 and abs(statistics.mean(differences)) > half_interval(differences)
+            )
             line.append(f"**{text}**" if beyond else text)
         lines.append(line)
 
@@ -246,7 +250,9 @@ def draw(results: dict[str, list[Result]], folder: Path, args: argparse.Namespac
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    around = plot_expected_loss({name: [x for r in several for x in r.around] for name, several in results.items()})
+    around = plot_expected_loss(
+        {name: [x for r in several for x in r.around] for name, several in results.items()}
+    )
     around.axvline(args.sigma, color="gray", linestyle=":")
     slices = plot_slice_1d({name: several[0].slices for name, several in results.items()}, sigma=args.sigma)
     planes = {name: several[0].plane for name, several in results.items() if several[0].plane is not None}

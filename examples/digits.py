@@ -155,7 +155,9 @@ class Task:
         generator = torch.Generator().manual_seed(seed)
         x, y = (part[self.tests_new :] for part in self._data[:2])
         chosen = torch.randperm(len(x), generator=generator)[: self.examples]
-        return self._pretrained.embedded(x[chosen]).detach(), with_wrong_labels(y[chosen], 5, self.wrong, generator)
+        return self._pretrained.embedded(x[chosen]).detach(), with_wrong_labels(
+            y[chosen], 5, self.wrong, generator
+        )
 
     def model(self, seed: int) -> nn.Module:
         """With a fresh adapter; the frozen weights are the same for all seeds."""
@@ -184,5 +186,10 @@ class Task:
     def scores(self, model: nn.Module) -> dict[str, float]:
         """Accuracies from 0 to 1. ``in domain`` is like the training data, the rest is not."""
         labels = self._data[1][: self.tests_new]
-        accuracy = {name: (model(x).argmax(-1) == labels).float().mean().item() for name, x in self._tests.items()}
-        return {"clean images": accuracy.pop("clean"), "corrupted images": sum(accuracy.values()) / len(accuracy)}
+        accuracy = {
+            name: (model(x).argmax(-1) == labels).float().mean().item() for name, x in self._tests.items()
+        }
+        return {
+            "clean images": accuracy.pop("clean"),
+            "corrupted images": sum(accuracy.values()) / len(accuracy),
+        }

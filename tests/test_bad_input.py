@@ -90,7 +90,7 @@ def test_a_base_that_was_wrapped_before() -> None:
 
 def test_a_model_that_is_no_module() -> None:
     base = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module or a list of some, got list"):
         FlatLoRAOptimizer(base, [], sigma=0.1, total_steps=10)  # type: ignore[arg-type]
 
 
@@ -178,9 +178,22 @@ def test_registrations_that_name_nothing_useful() -> None:
     for scaling in ("forward", "lora_A"):
         with pytest.raises(TypeError, match="scaling must be a single number"):
             register(layer, lora_A="lora_A", lora_B="lora_B", scaling=scaling)
-    register(layer, lora_A="lora_A", lora_B="lora_B", transposed=True)
-    base = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.1)
-    refuses(ValueError, r"B @ A has shapes \(4, 2\) @ \(2, 5\).*check lora_A", model=layer, base=base)
+    with pytest.raises(ValueError, match=r"B @ A has shapes \(4, 2\) @ \(2, 5\).*check lora_A"):
+        register(layer, lora_A="lora_A", lora_B="lora_B", transposed=True)
+    for parts in ({}, {"lora_A": "lora_A"}, {"lora_A": "lora_A", "lora_B": "lora_B", "delta": "forward"}):
+        with pytest.raises(TypeError, match="give either lora_A and lora_B, or delta"):
+            register(layer, **parts)
+    with pytest.raises(TypeError, match="delta must be the path of a method or a function"):
+        register(layer, delta=3)
+    for delta, answer in ((lambda m: torch.zeros(5, 4), "as .4, 5"), (lambda m: 3, "delta gave int")):
+        with pytest.raises(ValueError, match=answer):
+            register(layer, delta=delta)
+    with pytest.raises(TypeError, match="must be a list of paths"):
+        register(layer, delta=lambda m: None, parameters="lora_A")
+    with pytest.raises(TypeError, match="'scaling' of OwnLoRA has no parameters"):
+        register(layer, delta=lambda m: None, parameters=["scaling"])
+    with pytest.raises(TypeError, match="'scaling' of OwnLoRA is not a tensor that a module holds"):
+        register(layer, lora_A="lora_A", lora_B="lora_B", weight="scaling")
 
 
 # ---------------------------------------------------------------------- state dicts

@@ -66,7 +66,9 @@ def test_other_optimizers_are_let_alone(model: nn.Module) -> None:
     for free in (head, model, silent._model):
         free(torch.randn(2, 3 if free is head else 6)).sum().backward()
         torch.optim.SGD(trainable(free), lr=0.1).step()
-    explicit.perturb()
+    with explicit.perturbed():
+        loss_of(model, BATCH).backward()
+        torch.optim.SGD(trainable(model), lr=0.1).step()  # the user's own affair
     with pytest.raises(RuntimeError, match="belong to a FlatLoRAOptimizer"):
         torch.optim.SGD(trainable(model), lr=0.1).step()
 
@@ -197,6 +199,14 @@ def test_a_head_that_is_trained_beside_the_model_is_not_told(model: nn.Module) -
 def test_a_sigma_that_no_weight_uses_is_told(model: nn.Module) -> None:
     groups = [{"params": [], "sigma": 0.3}, {"params": trainable(model)}]
     with pytest.warns(UserWarning, match=r"group 0 has sigma=0.3, but no parameter.*it has 0 parameters"):
+        FlatLoRAOptimizer(torch.optim.SGD(groups, lr=0.1), model, sigma=0.1, schedule="constant")
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.1])
+def test_a_sigma_of_a_head_that_changes_nothing_is_not_told(sigma: float, model: nn.Module) -> None:
+    groups = [{"params": [nn.Parameter(torch.zeros(3))], "sigma": sigma}, {"params": trainable(model)}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         FlatLoRAOptimizer(torch.optim.SGD(groups, lr=0.1), model, sigma=0.1, schedule="constant")
 
 

@@ -431,8 +431,8 @@ def test_dense_and_quantized_layers_in_one_model(folder: Path) -> None:
     before = quantized_bytes(model)
     optimizer = flatlora(model)
     assert "4 bnb-4bit" not in repr(optimizer)
-    assert "6 bnb-4bit weights: virtual" in repr(optimizer)
-    assert "2 dense weights: in place, exact" in repr(optimizer)
+    assert "6 bnb-4bit virtual" in repr(optimizer)
+    assert "2 dense in place, exact" in repr(optimizer)
     dense_weight = model.get_submodule("base_model.model.model.layers.0.self_attn.v_proj").weight
     clean = dense_weight.clone()
     with optimizer.perturbed():
@@ -581,7 +581,8 @@ def test_any_quantizer_with_a_forward(make: Callable[[], nn.Module]) -> None:
     with torch.no_grad():
         weight = (layer(torch.eye(128)) - bias).T
     optimizer = flatlora(model, sigma=0.3)
-    assert "1 opaque weights: virtual" in repr(optimizer)
+    kind = "opaque" if isinstance(layer, Ternary) else "read-only"
+    assert f"1 {kind} virtual" in repr(optimizer)
     noisy, _ = noisy_twin(weight, None, 0.3)
     x = torch.randn(2, 5, 128, requires_grad=True)
     g = torch.randn(2, 5, 96)
@@ -720,8 +721,9 @@ def test_a_quantizer_of_unknown_shape_is_reported() -> None:
         flatlora(model)
 
 
-def test_embedding_in_4_bits_is_reported() -> None:
-    net = Net(bnb.nn.EmbeddingNF4(32, 64).to("cpu"))
+def test_embedding_in_4_bits() -> None:
+    layer = bnb.nn.EmbeddingNF4(32, 64).to("cpu")
+    net = Net(layer)
     lora = OwnAround.__new__(OwnAround)
     nn.Module.__init__(lora)
     lora.base_layer, lora.scaling, lora.active_adapters = net.layer, {"default": 1.0}, ["default"]
@@ -729,5 +731,12 @@ def test_embedding_in_4_bits_is_reported() -> None:
     lora.lora_embedding_B = nn.ParameterDict({"default": torch.zeros(64, 2)})
     net.layer = lora
     adapters = [lora.lora_embedding_A["default"], lora.lora_embedding_B["default"]]
-    with pytest.raises(ValueError, match="does not know the forward of this EmbeddingNF4"):
-        FlatLoRAOptimizer(torch.optim.SGD(adapters, lr=0.1), net, sigma=0.1, schedule="constant")
+    base = torch.optim.SGD(adapters, lr=0.1)
+    optimizer = FlatLoRAOptimizer(base, net, sigma=0.3, schedule="constant", seed=1)
+    tokens = torch.tensor([[3, 1], [4, 3]])
+    clean = layer(tokens)
+    with optimizer.perturbed():
+        noise = layer(tokens) - clean
+    assert torch.equal(noise[0, 0], noise[1, 1])  # a token's own
+    assert float(noise.norm() / clean.norm()) == pytest.approx(0.3, rel=0.3)
+    assert torch.equal(layer(tokens), clean)

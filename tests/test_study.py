@@ -56,7 +56,10 @@ def one_of(population: Population, run: int) -> dict[str, Tensor]:
         for part in ("A", "B") if isinstance(module, AdaptedLinear) else ():
             named[f"{name}.{part}"] = getattr(module, part)[run].detach().clone()
     head = population.model.get_submodule("head")
-    return named | {"head.weight": head.weight[run].detach().clone(), "head.bias": head.bias[run, 0].detach().clone()}
+    return named | {
+        "head.weight": head.weight[run].detach().clone(),
+        "head.bias": head.bias[run, 0].detach().clone(),
+    }
 
 
 def as_peft(vit: digits.ViT, start: dict[str, Tensor]) -> nn.Module:
@@ -80,7 +83,9 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     named = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            named[name.removeprefix("base_model.model.").replace("lora_", "").replace(".default.weight", "")] = p
+            named[
+                name.removeprefix("base_model.model.").replace("lora_", "").replace(".default.weight", "")
+            ] = p
     return named
 
 
@@ -96,7 +101,9 @@ def test_the_engine_trains_what_the_package_trains(vit: digits.ViT) -> None:
     for start in starts:
         model = as_peft(vit, start)
         base = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1)
-        optimizer = FlatLoRAOptimizer(base, model, sigma=sigma, total_steps=steps, noise=source, restore="snapshot")
+        optimizer = FlatLoRAOptimizer(
+            base, model, sigma=sigma, total_steps=steps, noise=source, restore="snapshot"
+        )
         for index in batches:
             batch = data.take(index)
             F.cross_entropy(model(*batch.inputs), batch.labels).backward()

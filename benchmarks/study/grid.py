@@ -90,7 +90,8 @@ LENGTH_SIGMAS = (0.2, 0.4, 0.6)
 SENTENCES = Grid(
     (0.001, 0.003),
     (450,),
-    STRENGTHS | {name: (0.2, 0.4, 0.8, 1.6) for name in ("Flat-LoRA", "Flat-LoRA, low rank", "noise on A, B")},
+    STRENGTHS
+    | {name: (0.2, 0.4, 0.8, 1.6) for name in ("Flat-LoRA", "Flat-LoRA, low rank", "noise on A, B")},
     (0.0003, 0.001, 0.003, 0.01),
     (150, 450),
     seeds=2,
@@ -99,7 +100,13 @@ SENTENCES = Grid(
 
 def vision(task: str, count: int, wrong: int, **more: Any) -> Cell:
     return Cell(
-        f"{task}, {count} examples, {wrong} % wrong", task, Data(count, 196, wrong / 100, 25), VISION, 30, 10, **more
+        f"{task}, {count} examples, {wrong} % wrong",
+        task,
+        Data(count, 196, wrong / 100, 25),
+        VISION,
+        30,
+        10,
+        **more,
     )
 
 
@@ -146,7 +153,9 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = []
         for key, row in zip(keys, rows, strict=True):
-            lines.append(json.dumps({"cell": key.cell, "phase": key.phase, "run": asdict(key.run)} | row) + "\n")
+            lines.append(
+                json.dumps({"cell": key.cell, "phase": key.phase, "run": asdict(key.run)} | row) + "\n"
+            )
             self.rows[key.tuple()] = row
         # In one piece: several processes may append.
         with self.path.open("a", buffering=1 << 20) as file:
@@ -191,7 +200,9 @@ def curve(cell: Cell) -> list[Key]:
 
 def lengths(cell: Cell) -> list[Key]:
     """The same over the length of training."""
-    return [key for steps in cell.lengths for sigma in (0.0, *LENGTH_SIGMAS) for key in _at(cell, sigma, steps)]
+    return [
+        key for steps in cell.lengths for sigma in (0.0, *LENGTH_SIGMAS) for key in _at(cell, sigma, steps)
+    ]
 
 
 def _at(cell: Cell, sigma: float, steps: int) -> list[Key]:

@@ -66,7 +66,10 @@ class AdaptedLinear(nn.Module):
         """As PEFT does: A uniform (Kaiming), B zero."""
         shapes = self.parts()
         bound = 1 / math.sqrt(shapes["A"][1])
-        return {"A": (2 * torch.rand(shapes["A"], generator=generator) - 1) * bound, "B": torch.zeros(shapes["B"])}
+        return {
+            "A": (2 * torch.rand(shapes["A"], generator=generator) - 1) * bound,
+            "B": torch.zeros(shapes["B"]),
+        }
 
     def merged(self) -> Tensor:
         return torch.baddbmm(self.weight.expand(len(self.A), -1, -1), self.B, self.A, alpha=self.scaling)
@@ -213,7 +216,10 @@ class Population:
         """
         with torch.no_grad():
             for layer in self.layers:
-                scale = layer.merged().norm(dim=2, keepdim=True) * (sigma / layer.weight.shape[1] ** 0.5)[:, None, None]
+                scale = (
+                    layer.merged().norm(dim=2, keepdim=True)
+                    * (sigma / layer.weight.shape[1] ** 0.5)[:, None, None]
+                )
                 layer.noisy = torch.addcmul(layer.weight, numbers(layer), scale)
         try:
             yield

@@ -1,2 +1,5 @@
 from pathlib import Path
-def write(folder, cells, results): return []
+
+
+def write(folder, cells, results):
+    return []

@@ -59,7 +59,9 @@ def carry_out(task: Task, data: Data, runs: Sequence[Run], *, final: bool) -> li
         for row, measured in zip(rows, examine(task, population, splits), strict=True):
             row |= measured
     seconds = round((time.perf_counter() - start) / len(runs), 3)
-    return [row | {"loss under way": loss, "seconds": seconds} for row, loss in zip(rows, losses, strict=True)]
+    return [
+        row | {"loss under way": loss, "seconds": seconds} for row, loss in zip(rows, losses, strict=True)
+    ]
 
 
 def train(
@@ -77,7 +79,9 @@ def train(
     last = torch.zeros(len(runs))
     for step in range(steps):
         batch = together(splits, [torch.tensor(next(b)) for b in batches])
-        optimizer.step(method.gradient(batch), min((step + 1) / warmup, (steps - step) / max(1, steps - warmup)))
+        optimizer.step(
+            method.gradient(batch), min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+        )
         method.after()
         if step >= steps - max(1, steps // 10):
             last += population.last_losses / max(1, steps // 10)
@@ -192,7 +196,10 @@ def flatness(population: Population, splits: Sequence[Split], count: int) -> lis
             with population.noisy(numbers, torch.full((len(population),), sigma)):
                 total += losses() - at_minimum
         measured[str(sigma)] = total / NOISES
-    return [{key: rounded(float(values[i]), 6) for key, values in measured.items()} for i in range(len(population))]
+    return [
+        {key: rounded(float(values[i]), 6) for key, values in measured.items()}
+        for i in range(len(population))
+    ]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

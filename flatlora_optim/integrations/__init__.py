@@ -1,6 +1,13 @@
-"""Helpers for single frameworks. Each module imports its framework; the core imports none.
+"""Helpers for single trainers. Each module imports its own; the core imports none.
 
-================  =====================================================
-``transformers``  Hugging Face ``Trainer`` and those built on it (TRL)
-================  =====================================================
+================  ==================================================================================
+``transformers``  Hugging Face ``Trainer`` and those built on it: TRL, LLaMA-Factory,
+                  sentence-transformers, SetFit
+``axolotl``       a plug-in for its YAML
+``swift``         a callback for ms-swift's command line
+``torchtune``     a recipe
+``lightning``     a callback
+``composer``      a callback
+``options``       what they share
+================  ==================================================================================
 """

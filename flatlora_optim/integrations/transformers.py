@@ -3,7 +3,6 @@ sentence-transformers, SetFit."""
 
 from __future__ import annotations
 
-import inspect
 import sys
 from typing import Any
 
@@ -11,9 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..optimizer import FlatLoRAOptimizer
 from ..optimizer.adoption import innermost, layers_of
-from ..optimizer.param_groups import initial_state
-
-_OPTIONS = inspect.signature(FlatLoRAOptimizer).parameters.keys() - {"base", "model", "sigma", "total_steps"}
+from .options import checked_options, metrics_of
 
 
 class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
@@ -57,23 +54,12 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
             raise TypeError(
                 "give FlatLoRACallback either sigma, to wrap the trainer's optimizer, or an optimizer"
             )
-        given = {"seed": seed, **options} if seed is not None else options
-        if unknown := given.keys() - (set() if sigma is None else _OPTIONS):
-            raise TypeError(
-                f"FlatLoRACallback can't take {', '.join(sorted(unknown))}"
-                + ("" if sigma is None else f"; there are {', '.join(sorted(_OPTIONS))}")
-            )
-        if sigma is not None:
-            initial_state(
-                [],
-                sigma=sigma,
-                seed=seed or 0,
-                total_steps="deferred",
-                schedule=given.get("schedule", "cosine"),
-            )
+        if sigma is None and (seed is not None or options):
+            raise TypeError("the options are those of the optimizer, which was given")
+        seeded = options if seed is None else {"seed": seed, **options}
+        self._options = None if sigma is None else checked_options(sigma=sigma, **seeded)
         self.optimizer = optimizer
         """The one in use, if any."""
-        self._options = None if sigma is None else {"sigma": sigma, "total_steps": "deferred", **given}
         self._watch: Any = None
         self._wanted: int | None = None  # the step whose metrics will be logged
         self._metrics: dict[str, float] = {}
@@ -173,9 +159,7 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
 
     def _measure(self, optimizer: FlatLoRAOptimizer, args: Any, kwargs: Any) -> None:
         if self._wanted is not None:
-            values = optimizer.metrics()
-            self._metrics = {f"flatlora/{name}": values[name] for name in ("sigma", "noise_norm")}
-            self._wanted = None
+            self._metrics, self._wanted = metrics_of(optimizer), None
 
     def on_log(
         self,

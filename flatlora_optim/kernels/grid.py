@@ -19,6 +19,7 @@ class Grid(NamedTuple):
         first_block: Number of the weight's first block among all blocks of the model.
         first_row: Where the local part of a sharded weight starts in the whole one.
         columns: Which elements of each row the local part holds.
+        group: Of experts that are stored transposed, how many rows each has. Blocks keep within one.
     """
 
     rows: int
@@ -27,10 +28,14 @@ class Grid(NamedTuple):
     first_block: int = 0
     first_row: int = 0
     columns: slice = slice(None)
+    group: int = 0
 
     @property
     def rows_per_block(self) -> int:
-        return rows_at_once(self.row_size, self.device_type)
+        rows = rows_at_once(self.row_size, self.device_type)
+        if not self.group:
+            return rows
+        return next(size for size in range(min(rows, self.group), 0, -1) if self.group % size == 0)
 
     @property
     def blocks(self) -> int:
@@ -42,7 +47,7 @@ class Grid(NamedTuple):
         Args:
             blocks: How many blocks to leave together.
         """
-        spans, lo, rows = [], 0, blocks * self.rows_per_block
+        spans, lo, rows = [], 0, (1 if self.group else blocks) * self.rows_per_block
         while lo < local_rows:
             hi = min(local_rows, ((lo + self.first_row) // rows + 1) * rows - self.first_row)
             spans.append((lo, hi))

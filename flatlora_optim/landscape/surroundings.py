@@ -108,6 +108,8 @@ class Surroundings:
     def why_no_hessian(self) -> str | None:
         """Why autograd can't differentiate the loss twice, or not rightly."""
         for target in self.targets:
+            if target.weight.kind == "experts":
+                return f"{target.name} makes its weight anew in each forward"
             if target.weight.kind != "dense":
                 return (
                     f"the weight of {target.name} is {target.weight.kind}: quantized weights can't be "
@@ -239,6 +241,8 @@ def _row_norms(noise: Noise) -> Tensor:
         values = noise.block(lo, hi).square()
         if noise.row_dim == 0:
             squared[lo:hi] = values.sum(1)
+        elif noise.grid.group:
+            squared.view(-1, noise.grid.row_size)[lo // noise.grid.group] += values.sum(0)
         else:
             squared += values.sum(0)
     return squared.sqrt()

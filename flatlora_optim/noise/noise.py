@@ -57,7 +57,7 @@ class Noise:
     def can_be_fused(self) -> bool:
         """Whether ``scale * z`` of whole rows is all there is to the noise, so that kernels can make
         it while they add it."""
-        return self.grid.columns == slice(None)
+        return self.grid.columns == slice(None) and not self.grid.group
 
     @property
     def is_seeded(self) -> bool:
@@ -108,6 +108,8 @@ class Noise:
             if hi - lo == self.scales.shape[0]:
                 return self.scales  # small weights are many, and a view takes a microsecond
             return self.scales[self.grid.first_row + lo : self.grid.first_row + hi]
+        if self.grid.group:
+            return self.scales.view(-1, self.grid.row_size)[lo // self.grid.group]
         return self.scales[self.grid.columns]
 
     @torch.no_grad()

@@ -147,7 +147,7 @@ def complaints_of_build(
 
     Args:
         groups: The base optimizer's.
-        own_sigma: Which of them came with a sigma of their own.
+        own_sigma: Which of them came with a sigma of their own that is neither 0 nor that of the rest.
     """
     parameters = [p for group in groups for p in group["params"]]
     if pairs := list(_foreign_pairs(model, parameters)):

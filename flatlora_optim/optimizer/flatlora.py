@@ -119,7 +119,7 @@ class FlatLoRAOptimizer(Adoption):
             base.param_groups, sigma=sigma, seed=seed, total_steps=total_steps, schedule=schedule
         )
         optimized = {id(p) for group in base.param_groups for p in group["params"]}
-        own_sigma = [SIGMA in group for group in base.param_groups]
+        own_sigma = [group.get(SIGMA, sigma) not in (0, sigma) for group in base.param_groups]
         perturbations, found = choose_perturbations(model, optimized, mode, restore)
 
         # Nothing has been changed up to here, and nothing below fails.
@@ -167,9 +167,12 @@ class FlatLoRAOptimizer(Adoption):
         return self._weights.is_perturbed and not self._weights.is_suspended
 
     @property
-    def makes_noise(self) -> bool:
-        """Whether there is noise in the step that is under way, or will be by itself."""
-        return any(self._noises or ()) or (bool(self._options["auto"]) and self._peak_sigma > 0)
+    def expects_steps(self) -> bool:
+        """Whether a step of the adapters by somebody else would be a mistake: noise is on, or comes by itself.
+        Inside of ``perturbed()``, with ``auto=False``, it is the user's own affair."""
+        if self._options["auto"]:
+            return self._peak_sigma > 0
+        return any(self._noises or ()) and not self._forwards.explicit
 
     @property
     def _peak_sigma(self) -> float:
@@ -271,9 +274,9 @@ class FlatLoRAOptimizer(Adoption):
         # Anew while there is none: sigma or an adapter may have been switched on since the last forward.
         if self._noises is None or not any(self._noises):
             factor = self._factor
+            replica = sharding.replica(self._model)
             sigmas = self._sigmas(self.targets)
             with self._weights.timed():
-                replica = sharding.replica(self._model)
                 is_shared = self._options["rank_noise"] == "shared"
                 key = NoiseKey(self.seed, self.step_count, 0 if is_shared else replica)
                 self._noises = self._weights.draw(self._source, key, [sigma * factor for sigma in sigmas])

@@ -45,6 +45,7 @@ class Forwards:
         self._suspended_for: nn.Module | None = None
         self.in_eval: list[nn.Module] = []
         """The entrances that could have trained in this step, but ran in eval mode."""
+        self._warned_of_sharded = False
         self.in_transform = False
         """Whether a forward of this step ran inside of ``torch.func``."""
 
@@ -111,7 +112,7 @@ class Forwards:
             # Not if the outermost forward is that of a clean observer.
             if not self.running or self._suspended_for is not self.running[0]:
                 self.resume()
-        elif not self._weights.is_suspended and not self._is_sharded():
+        elif not self._weights.is_suspended and self._can_suspend_inside():
             self._suspend_for(module)
 
     def check_replica(self, module: nn.Module) -> None:
@@ -148,9 +149,18 @@ class Forwards:
         self._suspended_for = module
         self._weights.suspend()
 
-    def _is_sharded(self) -> bool:
-        # FSDP2 would have to gather its weights anew in the middle of a forward.
-        return next(sharding.fsdp_modules(self._weights.model), None) is not None
+    def _can_suspend_inside(self) -> bool:
+        if next(sharding.fsdp_modules(self._weights.model), None) is None:
+            return True
+        if not self._warned_of_sharded:
+            self._warned_of_sharded = True
+            warnings.warn(
+                "a pass without gradients, or without adapters, inside of a forward that trains sees noise: "
+                "FSDP2 would have to gather its weights anew in the middle of the forward. Run it before the "
+                "forward, or inside of `with optimizer.clean():`",
+                stacklevel=2,
+            )
+        return False
 
     def _sees_noise(self, module: nn.Module) -> bool:
         """Evaluation, no_grad and a reference pass without adapters see clean weights."""

@@ -25,7 +25,7 @@ class Watched(Protocol):
     _adapters: Adapters
 
     @property
-    def makes_noise(self) -> bool: ...
+    def expects_steps(self) -> bool: ...
 
 
 _watched: weakref.WeakSet[Watched] = weakref.WeakSet()
@@ -65,7 +65,7 @@ def _check(stepping: Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer._steps_base or changes_nothing(stepping.param_groups):
             continue
         if stepping is not optimizer.base:
-            if not optimizer.makes_noise:
+            if not optimizer.expects_steps:
                 continue
             if parameters is None:
                 parameters = {id(p) for group in stepping.param_groups for p in group["params"]}

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..targets import Discovery, Target, UnsupportedAdapterError, find_targets, why_inactive
+from ..targets import (
+    DenseWeight,
+    Discovery,
+    Target,
+    UnsupportedAdapterError,
+    find_targets,
+    unrecognized,
+    why_inactive,
+)
 from .base import Perturbation
 from .in_place import InPlace
 from .virtual import VirtualPerturbation
@@ -25,13 +33,18 @@ def choose_perturbations(
     perturbations = []
     for target in found.targets:
         try:
-            perturbations.append(choose_perturbation(target, mode, restore))
+            perturbation = choose_perturbation(target, mode, restore)
+            for sharing in target.sharing:
+                sharing.check()
+            perturbations.append(perturbation)
         except UnsupportedAdapterError as reason:
             if mode != "auto":
                 raise ValueError(f"{target.name}: {reason}") from None
             found.skipped[target.name] = str(reason)
+    found.unrecognized = unrecognized(model, found.targets, found.skipped, optimized)
     if not perturbations:
-        skipped = f"\nFound, but not usable:\n{found.report()}" if found.skipped else ""
+        left_out = found.report()
+        skipped = f"\nFound, but not usable:\n{left_out}" if left_out else ""
         raise ValueError(
             f"no LoRA module to perturb in {type(model).__name__}. Looked for PEFT layers (`base_layer` with "
             "`lora_A`/`lora_B` of an active adapter), loralib-style layers (`weight`, `lora_A`, `lora_B`, "
@@ -56,13 +69,17 @@ def choose_perturbation(target: Target, mode: str, restore: str) -> Perturbation
     """
     if getattr(target.owner, "max_norm", None) is not None:
         raise UnsupportedAdapterError("its forward renormalizes the weight itself (`max_norm`)")
-    if mode == "virtual" or (mode == "auto" and target.weight.kind != "dense"):
+    weight = target.weight
+    # A layer that merges by itself must never find noise in its weight.
+    if mode == "virtual" or (
+        mode == "auto" and (not isinstance(weight, DenseWeight) or target.merges_by_itself)
+    ):
         return VirtualPerturbation(target)
-    if target.weight.kind != "dense":
+    if not isinstance(weight, DenseWeight):
         raise UnsupportedAdapterError(
-            f"its weight is {target.weight.kind} and can't be written in place; use mode='auto' or 'virtual'"
+            f"its weight is {weight.kind} and can't be written in place; use mode='auto' or 'virtual'"
         )
-    tensor = target.weight.tensor  # type: ignore[attr-defined]
+    tensor = weight.tensor
     if 0 in tensor.stride() and tensor.numel() > 0:
         raise UnsupportedAdapterError("its elements share memory; give each its own (`clone()`)")
     return InPlace(target, restore)

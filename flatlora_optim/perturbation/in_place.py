@@ -144,7 +144,7 @@ class InPlace(Perturbation):
     def _sealed(self, tensor: Tensor) -> tuple[int, Any]:
         """Version and a few elements: a merge through ``.data`` changes only the latter."""
         local = local_part(tensor)
-        return tensor._version, kernels_of(local.device).probes(local)
+        return self._weight.version, kernels_of(local.device).probes(local)
 
 
 def change_noticed(changed: Sequence[Perturbation]) -> WeightChangedError:
@@ -167,11 +167,18 @@ def clean_copy(tensor: Tensor) -> Tensor | None:
     if carrier is None:  # it may have been moved meanwhile, by `to()`
         others = (reference() for reference in _carriers.valuerefs())
         carrier = next((each for each in others if each is not None and each.written() is tensor), None)
-    if carrier is None or (written := carrier.written()) is None or written.shape != tensor.shape:
+    if carrier is None or (written := carrier.written()) is None or not _same_elements(written, tensor):
         return None
     if carrier.changed():
         if carrier.leave_merged():
             carrier.forget()
             return None
         raise change_noticed([carrier])
-    return carrier.clean_copy()
+    copy = carrier.clean_copy()
+    return copy if copy is None or copy.shape == tensor.shape else copy.view(tensor.shape)
+
+
+def _same_elements(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors in the same memory hold the same elements there, in whatever shape."""
+    are_contiguous = one.is_contiguous() and other.is_contiguous()
+    return one.shape == other.shape or (are_contiguous and one.numel() == other.numel())

@@ -223,4 +223,5 @@ class NoisyWeights:
             raise change_noticed(changed)
 
     def _versions(self) -> list[int]:
-        return [tensor._version for tensor in self.tensors()]
+        weights = (target.weight for target in self.targets)
+        return [weight.version for weight in weights if isinstance(weight, DenseWeight)]

@@ -1,8 +1,11 @@
-"""Noise in the forward: the layer computes with dequant(W) + eps and W is never written.
+"""Noise in the forward: the layer computes with W + eps and W is never written.
 
 For weights that can't take small noise in place (bitsandbytes NF4, FP4, int8 and any other
 quantizer), and for dense weights that must not be written. eps is regenerated in forward, in
 backward and in recomputation; nothing of the weight's size is saved for backward.
+
+A forward that is known to the letter is computed anew, with W + eps in place of W. Any other keeps
+running, whatever it does, and the noise comes on top: ``x eps^T`` for a linear layer.
 """
 
 from __future__ import annotations
@@ -19,51 +22,68 @@ from torch.autograd.function import once_differentiable
 from ..kernels.part import Part
 from ..kernels.uncompiled import uncompiled
 from ..noise import Noise
-from ..targets import FrozenWeight, Target, UnsupportedAdapterError
+from ..targets import DenseWeight, FrozenWeight, Target, UnsupportedAdapterError
 from ..targets.sharding import is_sharded
-from ..targets.weights import own_forward
+from ..targets.weights import has_foreign_forward
 from .base import Perturbation
 
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[..., Tensor]
+Compute = Callable[[Any, FrozenWeight, Noise, Tensor], Tensor]
+"""The output of a layer (its owner, weight, noise and input), or what the noise adds to it."""
 
 
 class VirtualPerturbation(Perturbation):
     """Replaces the forward of the frozen layer while noise is on.
 
     Raises:
-        UnsupportedAdapterError: The layer's forward is not known well enough to be replaced.
+        UnsupportedAdapterError: The layer's forward is not known well enough for noise in it.
     """
 
     mode = "virtual"
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
+        if target.weight.kind == "experts":
+            raise UnsupportedAdapterError("PEFT makes this weight anew in each forward; perturb it in place")
         self._noise: Noise | None = None
         self.was_seen = False
         # Made once, so that a compiled model meets the same functions at every step.
-        self._forwards = [
-            self._forward(owner, _noisy_forward(owner, target.weight)) for owner in target.owners
-        ]
+        self._forwards = {each.computes: self._forward(each) for each in target.sharing}
 
-    def _forward(self, owner: nn.Module, noisy: Callable[..., Tensor]) -> Forward:
-        def forward(x: Tensor) -> Tensor:
+    def _forward(self, target: Target) -> Forward:
+        module, weight = target.computes, self.target.weight
+        instead = _known_forward(target)
+        on_top = _noise_on_top(target)
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            before = module.__dict__.get("flatlora_forward", (None,))[0]
+            own = before or MethodType(type(module).forward, module)
+            if (noise := self._noise) is None:  # called by who replaced our forward by one around it
+                clean: Tensor = own(*args, **kwargs)
+                return clean
             self.was_seen = True
-            return noisy(owner, self.target.weight, self._noise, x)
+            x = args[0] if args else next(iter(kwargs.values()))
+            if instead is not None and getattr(own, "__func__", None) is type(module).forward:
+                return instead(target.owner, weight, noise, x)
+            output: Tensor = own(*args, **kwargs)
+            x = x.to(output.dtype) if x.is_floating_point() else x
+            with _no_autocast(output):
+                return output + on_top(target.owner, weight, noise, x).to(output.dtype)
 
         # Tracing would bake one step's noise into the graph.
         return uncompiled(forward)
 
     def apply(self, noise: Noise) -> Sequence[Part]:
-        if any("flatlora_forward" in owner.__dict__ for owner in self.target.owners):
+        if any("flatlora_forward" in module.__dict__ for module in self._forwards):
             raise self.already_noisy()
         self._noise = noise
-        for owner, forward in zip(self.target.owners, self._forwards, strict=True):
-            _replace_forward(owner, forward)
+        for module, forward in self._forwards.items():
+            _replace_forward(module, forward)
         return ()
 
     def forget(self) -> None:
-        for owner, forward in zip(self.target.owners, self._forwards, strict=True):
-            _put_forward_back(owner, forward)
+        for module, forward in self._forwards.items():
+            _put_forward_back(module, forward)
         self._noise = None
 
 
@@ -88,92 +108,146 @@ def _put_forward_back(owner: nn.Module, forward: Forward) -> None:
     del owner.__dict__["flatlora_forward"]
 
 
-def _noisy_forward(owner: nn.Module, weight: FrozenWeight) -> Callable[..., Tensor]:
-    """How a layer of this type computes with noise."""
-    if weight.kind == "bnb-4bit" and isinstance(owner, nn.Linear):
-        return _bnb_4bit
-    if weight.kind == "bnb-8bit" and isinstance(owner, nn.Linear):
-        return _bnb_8bit
-    if weight.kind == "opaque":
-        return _opaque
-    if is_sharded(owner.weight):
+def _known_forward(target: Target) -> Compute | None:
+    """The layer's output with noise, if its class's forward is known to the letter."""
+    owner, weight = target.owner, target.weight
+    if target.computes is not owner:
+        return None
+    forward = type(owner).forward
+    if weight.kind in ("bnb-4bit", "bnb-8bit"):
+        known = {"Linear4bit.forward": _bnb_4bit, "Linear8bitLt.forward": _bnb_8bit}
+        return known.get(forward.__qualname__) if forward.__module__.startswith("bitsandbytes.") else None
+    if not isinstance(weight, DenseWeight):
+        return None
+    if is_sharded(weight.tensor):
         raise UnsupportedAdapterError("sharded weights can only be perturbed in place")
-    if type(owner) is nn.Linear or type(owner).__name__ == "Conv1D":
+    if forward is nn.Linear.forward or forward.__qualname__ == "Conv1D.forward":
         return _dense_linear
-    if type(owner) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    if forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
         return _dense_convolution
-    if type(owner) is nn.Embedding:
-        return _dense_embedding
-    raise UnsupportedAdapterError(
-        f"virtual mode does not know the forward of this {type(owner).__name__}; perturb it in place"
-    )
+    return _dense_embedding if forward is nn.Embedding.forward else None
+
+
+def _noise_on_top(target: Target) -> Compute:
+    """What the noise adds to the layer's output, whatever its forward is.
+
+    Raises:
+        UnsupportedAdapterError: It may be no sum of W's and the adapter's part.
+    """
+    owner = target.owner
+    if hasattr(owner, "_conv_forward"):
+        on_top = _convolved_noise
+    elif isinstance(owner, nn.Embedding):
+        on_top = _embedded_noise
+    else:
+        on_top = _multiplied_noise
+    has_adapter = target.layer is target.computes or has_foreign_forward(owner)
+    if isinstance(target.weight, DenseWeight) and not has_adapter and _known_forward(target) is None:
+        raise UnsupportedAdapterError(
+            f"virtual mode does not know the forward of this {type(owner).__name__}; perturb it in place"
+        )
+    return on_top
+
+
+class _NoisyWeight:
+    """``W + eps``, made anew at each look."""
+
+    def __init__(self, weight: FrozenWeight, noise: Noise) -> None:
+        self._weight, self._noise, self._versions = weight, noise, weight.versions()
+
+    def __call__(self, dtype: torch.dtype) -> Tensor:
+        weight = self._weight
+        if weight.versions() != self._versions:
+            raise RuntimeError(
+                f"a frozen weight needed for gradient computation (of shape {tuple(weight.shape)}, in "
+                f"{type(weight.layer).__name__}) has been modified by an inplace operation, or replaced by "
+                "another, between forward and backward"
+            )
+        return self._noise.add_to(weight.dense(dtype))
+
+
+class _NoiseAlone:
+    """``eps`` in the shape of the weight, made anew at each look."""
+
+    def __init__(self, weight: FrozenWeight, noise: Noise) -> None:
+        self._weight, self._noise = weight, noise
+
+    def __call__(self, dtype: torch.dtype) -> Tensor:
+        weight = self._weight
+        return self._noise.add_to(torch.zeros(weight.shape, dtype=dtype, device=weight.device))
 
 
 class _Linear(torch.autograd.Function):
     """``F.linear(x, W + eps, bias)`` whose backward makes ``W + eps`` anew."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: FrozenWeight, noise: Noise) -> Tensor:
-        ctx.weight, ctx.noise, ctx.dtype = weight, noise, x.dtype
-        matrix = noise.add_to(weight.dense(x.dtype))
-        return F.linear(x, matrix.T if weight.row_dim else matrix, bias)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, make: _NoisyWeight, is_transposed: bool) -> Tensor:
+        ctx.make, ctx.dtype, ctx.is_transposed = make, x.dtype, is_transposed
+        matrix = make(x.dtype)
+        return F.linear(x, matrix.T if is_transposed else matrix, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            matrix = ctx.noise.add_to(ctx.weight.dense(ctx.dtype))
+            matrix = ctx.make(ctx.dtype)
             with _no_autocast(grad):
-                grad_x = grad @ (matrix.T if ctx.weight.row_dim else matrix)
+                grad_x = grad @ (matrix.T if ctx.is_transposed else matrix)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, grad_bias, None, None
 
 
-class _NoiseOnly(torch.autograd.Function):
+class _TimesNoise(torch.autograd.Function):
     """``x @ eps.T``, one block of rows at a time."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, noise: Noise, dtype: torch.dtype) -> Tensor:
-        ctx.noise, ctx.dtype, ctx.x_dtype = noise, dtype, x.dtype
-        rows = len(noise.scales)
-        x = x.to(dtype)
-        out = x.new_empty(*x.shape[:-1], rows)
-        for lo, hi in noise.grid.spans(rows):
-            out[..., lo:hi] = x @ noise.block(lo, hi).to(dtype).T
-        return out
+    def forward(ctx: Any, x: Tensor, noise: Noise) -> Tensor:
+        ctx.noise, ctx.dtype = noise, x.dtype
+        return _times(x, noise, transposed=noise.row_dim == 0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        rows, columns = len(ctx.noise.scales), ctx.noise.grid.row_size
-        total = grad.new_zeros(*grad.shape[:-1], columns)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         with _no_autocast(grad):
-            for lo, hi in ctx.noise.grid.spans(rows):
-                total += grad[..., lo:hi] @ ctx.noise.block(lo, hi).to(grad.dtype)
-        return total.to(ctx.x_dtype), None, None
+            return _times(grad, ctx.noise, transposed=ctx.noise.row_dim != 0).to(ctx.dtype), None
+
+
+def _times(x: Tensor, noise: Noise, transposed: bool) -> Tensor:
+    """``x`` times the noise as it is stored, or its transpose."""
+    rows, columns = noise.grid.rows, noise.grid.row_size
+    out = x.new_zeros(*x.shape[:-1], rows if transposed else columns)
+    for lo, hi in noise.grid.spans(rows):
+        block = noise.block(lo, hi).to(x.dtype)
+        if transposed:
+            out[..., lo:hi] = x @ block.T
+        else:
+            out += x[..., lo:hi] @ block
+    return out
 
 
 class _ByItsOwnForward(torch.autograd.Function):
-    """A layer that is linear in x, at ``W + eps``: its backward is that of the layer at x = 0."""
+    """A layer that is linear in x, at another weight: its backward is that of the layer at x = 0."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, compute: Callable[[Tensor, Tensor], Tensor], weight: FrozenWeight, noise: Noise
+        ctx: Any,
+        x: Tensor,
+        compute: Callable[[Tensor, Tensor], Tensor],
+        make: Callable[[torch.dtype], Tensor],
     ) -> Tensor:
-        ctx.compute, ctx.weight, ctx.noise = compute, weight, noise
+        ctx.compute, ctx.make = compute, make
         ctx.shape, ctx.dtype = x.shape, x.dtype
-        return compute(x, noise.add_to(weight.dense(x.dtype)))
+        return compute(x, make(x.dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         with torch.enable_grad(), _no_autocast(grad):
             x = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device, requires_grad=True)
-            matrix = ctx.noise.add_to(ctx.weight.dense(ctx.dtype))
-            (grad_x,) = torch.autograd.grad(ctx.compute(x, matrix), x, grad)
-        return grad_x, None, None, None
+            (grad_x,) = torch.autograd.grad(ctx.compute(x, ctx.make(ctx.dtype)), x, grad)
+        return grad_x, None, None
 
 
 def _dense_linear(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
@@ -181,7 +255,13 @@ def _dense_linear(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> 
 
 
 def _linear(x: Tensor, bias: Tensor | None, weight: FrozenWeight, noise: Noise) -> Tensor:
-    out: Tensor = _Linear.apply(*_as_autocast(x, bias), weight, noise)
+    x, bias = _as_autocast(x, bias)
+    out: Tensor = _Linear.apply(x, bias, _NoisyWeight(weight, noise), weight.row_dim == 1)
+    return out
+
+
+def _multiplied_noise(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
+    out: Tensor = _TimesNoise.apply(x, noise)
     return out
 
 
@@ -199,19 +279,33 @@ def _no_autocast(tensor: Tensor) -> torch.autocast:
 
 
 def _dense_convolution(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
+    x, bias = _as_autocast(x, owner.bias)
+    out = _convolved(owner, x, _NoisyWeight(weight, noise))
+    return out if bias is None else out + bias.view(-1, *[1] * (len(weight.shape) - 2))
+
+
+def _convolved_noise(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
+    return _convolved(owner, x, _NoiseAlone(weight, noise))
+
+
+def _convolved(owner: Any, x: Tensor, make: Callable[[torch.dtype], Tensor]) -> Tensor:
     def compute(x: Tensor, matrix: Tensor) -> Tensor:
         out: Tensor = owner._conv_forward(x, matrix, None)
         return out
 
-    x, bias = _as_autocast(x, owner.bias)
-    out: Tensor = _ByItsOwnForward.apply(x, compute, weight, noise)
-    return out if bias is None else out + bias.view(-1, *[1] * (len(weight.shape) - 2))
+    result: Tensor = _ByItsOwnForward.apply(x, compute, make)
+    return result
 
 
 def _dense_embedding(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
     with torch.no_grad():
         matrix = noise.add_to(weight.dense(owner.weight.dtype))
         return F.embedding(x, matrix, owner.padding_idx)
+
+
+def _embedded_noise(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return F.embedding(x, _NoiseAlone(weight, noise)(torch.float32))
 
 
 def _bnb_4bit(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
@@ -222,16 +316,9 @@ def _bnb_4bit(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tens
     bias = None if owner.bias is None else owner.bias.to(dtype)
     # bitsandbytes' own kernels compute in `compute_dtype` whatever autocast says.
     with _no_autocast(x):
-        out: Tensor = _Linear.apply(x.to(dtype), bias, weight, noise)
+        out = _linear(x.to(dtype), bias, weight, noise)
     return out.to(x.dtype)
 
 
 def _bnb_8bit(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
     return _linear(x, None if owner.bias is None else owner.bias.to(x.dtype), weight, noise)
-
-
-def _opaque(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
-    clean = own_forward(owner)(x)
-    with _no_autocast(x):
-        eps: Tensor = _NoiseOnly.apply(x, noise, clean.dtype)
-    return clean + eps

@@ -4,10 +4,14 @@
 ``discovery``       which modules of a model carry an adapter, and why others are left out
 ``target``          one frozen weight with its adapter: the interface of all adapter types
 ``peft``            PEFT's adapters
-``hand_written``    modules described by :func:`.register`, and loralib's
+``hand_written``    modules described by :func:`.register`
+``libraries``       layers of loralib, LitGPT, torchtune and AdapterHub
+``networks``        adapters outside the model that replace forwards: kohya's, LyCORIS
+``probe``           trying whether a layer does what was said about it
 ``weights``         reading a frozen weight: dense, quantized, opaque
 ``sharding``        weights of which each process holds a part
 ``scales``          the paper's row scales ``sigma_t * ||W'[i, :]|| / sqrt(n)``
+``unrecognized``    layers that look like LoRA, and are of none of these types
 ``attributes``      looking into modules by the names of their attributes
 ==================  ===========================================================================
 """
@@ -15,7 +19,8 @@
 from .discovery import Discovery, find_targets, register_target_type, why_inactive
 from .hand_written import register
 from .target import LowRank, Target
-from .weights import DenseWeight, FrozenWeight, UnsupportedAdapterError
+from .unrecognized import unrecognized
+from .weights import DenseWeight, FrozenWeight, UnsupportedAdapterError, read_weight
 
 __all__ = [
     "DenseWeight",
@@ -25,7 +30,9 @@ __all__ = [
     "Target",
     "UnsupportedAdapterError",
     "find_targets",
+    "read_weight",
     "register",
     "register_target_type",
+    "unrecognized",
     "why_inactive",
 ]

@@ -14,11 +14,25 @@ def innermost_base_layer(module: nn.Module) -> nn.Module:
     return module
 
 
-def find(module: nn.Module, path: str) -> Any:
-    value: Any = module
+def find(start: object, path: str) -> Any:
+    """What a path of attributes leads to; parts of it may be keys, or numbers in a list.
+
+    Raises:
+        AttributeError: It leads nowhere.
+    """
+    value: Any = start
     for part in path.split("."):
-        value = getattr(value, part)
+        value = _step(value, part)
     return value
+
+
+def _step(value: Any, part: str) -> Any:
+    if hasattr(value, part):
+        return getattr(value, part)
+    try:
+        return value[int(part) if part.isdecimal() and not hasattr(value, "keys") else part]
+    except (TypeError, KeyError, IndexError):
+        return getattr(value, part)  # for its message
 
 
 def is_set(module: nn.Module, name: str) -> bool:

@@ -8,16 +8,25 @@ from typing import TypeVar
 
 from torch import nn
 
-from .attributes import has, innermost_base_layer
+from .attributes import innermost_base_layer
 from .hand_written import HandWrittenLoRA
-from .peft import PeftAdditive, PeftLoRA
+from .libraries import LIBRARIES
+from .networks import Network
+from .peft import PeftAdditive, PeftLoRA, PeftParameter, unknown_method
 from .sharding import check_engine
 from .target import Target
 from .weights import DenseWeight, UnsupportedAdapterError
 
 T = TypeVar("T", bound=Target)
 
-_TARGET_TYPES: list[type[Target]] = [HandWrittenLoRA, PeftLoRA, PeftAdditive]
+_TARGET_TYPES: list[type[Target]] = [
+    HandWrittenLoRA,
+    PeftParameter,
+    PeftLoRA,
+    PeftAdditive,
+    *LIBRARIES,
+    Network,
+]
 """Tried in order on each module."""
 
 
@@ -29,8 +38,12 @@ class Discovery:
     skipped: dict[str, str] = field(default_factory=dict)
     """Why, by the name of the layer."""
 
+    unrecognized: dict[str, str] = field(default_factory=dict)
+    """What looks like LoRA and is of no known type, by the name of the module."""
+
     def report(self) -> str:
-        return "\n".join(f"  {name}: {reason}" for name, reason in self.skipped.items())
+        every = {**self.skipped, **self.unrecognized}
+        return "\n".join(f"  {name}: {reason}" for name, reason in every.items())
 
 
 def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lambda target: None) -> Discovery:
@@ -57,7 +70,7 @@ def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lamb
         if target is not None and attention is not None:
             found.skipped[name] = f"PEFT merges it in each forward of the attention layer {attention}"
             continue
-        reason = _unknown_adapter(module) if target is None else accept(target)
+        reason = unknown_method(module) if target is None else accept(target)
         if reason is not None:
             found.skipped[name] = reason
         if target is None or reason is not None:
@@ -108,12 +121,6 @@ def _match(name: str, module: nn.Module) -> Target | None:
         target = target_type.match(name, module)
         if target is not None:
             return target
-    return None
-
-
-def _unknown_adapter(module: nn.Module) -> str | None:
-    if has(module, "base_layer", "active_adapters", "adapter_layer_names"):
-        return f"{type(module).__name__} does not add a product to its base weight that is known here"
     return None
 
 

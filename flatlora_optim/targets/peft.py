@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .attributes import has, innermost_base_layer, is_set
 from .sharding import gathered
 from .target import LowRank, Target, values_of
-from .weights import UnsupportedAdapterError, read_weight
+from .weights import ExpertsWeight, UnsupportedAdapterError, is_plain, read_weight
 
 
 class PeftLoRA(Target):
@@ -24,11 +24,6 @@ class PeftLoRA(Target):
     def match(cls, name: str, module: nn.Module) -> Target | None:
         if not (has(module, "base_layer", "scaling") and _lora_pairs(module)):
             return None
-        if has(module, "parameter_name"):
-            raise UnsupportedAdapterError(
-                "adapts a bare parameter (`target_parameters`), whose axes are unknown; "
-                "adapt the layer by `target_modules` instead"
-            )
         if hasattr(module, "lora_E"):
             return None
         owner = innermost_base_layer(module)
@@ -71,11 +66,7 @@ class PeftLoRA(Target):
                     yield from (parameter for parameter in part._parameters.values() if parameter is not None)
 
     def delta(self) -> LowRank | Tensor | None:
-        terms = [self._product(adapter, a, b) for adapter, a, b in self._active()]
-        if len(terms) < 2:
-            return terms[0] if terms else None
-        left = torch.cat([term.left * term.scaling for term in terms], 1)
-        return LowRank(left, torch.cat([term.right for term in terms], 0), 1.0)
+        return self.summed([self._product(adapter, a, b) for adapter, a, b in self._active()])
 
     def _product(self, adapter: str, a: Any, b: Any) -> LowRank:
         scaling = float(self.layer.scaling[adapter])
@@ -86,13 +77,58 @@ class PeftLoRA(Target):
         return self.low_rank(b.flatten(1), a.flatten(1), scaling)
 
 
+class PeftParameter(PeftLoRA):
+    """PEFT's LoRA on a bare parameter (``target_parameters``): the experts of a mixture, above all."""
+
+    @classmethod
+    def match(cls, name: str, module: nn.Module) -> Target | None:
+        if not has(module, "base_layer", "parameter_name", "num_experts") or not _lora_pairs(module):
+            return None
+        owner, parameter_name = innermost_base_layer(module), str(module.parameter_name)
+        parameter = owner._parameters.get(parameter_name)
+        if parameter is None or not is_plain(parameter) or not parameter.is_contiguous():
+            raise UnsupportedAdapterError("the parameter is packed, sharded or not contiguous")
+        if type(owner).__name__ == "Conv1D":
+            raise UnsupportedAdapterError("its axes are swapped; adapt the layer by `target_modules` instead")
+        # Where PEFT has not swapped them, experts are stored (inputs, outputs).
+        is_transposed = parameter.ndim == 3 and not is_set(module, "_did_swap_in_out_features")
+        target = cls(name, module, owner, ExpertsWeight(owner, parameter_name, is_transposed))
+        target.delta()
+        return target
+
+    def _product(self, adapter: str, a: Any, b: Any) -> LowRank:
+        experts, device = self.layer.num_experts, self.weight.device
+        a, b = values_of(a, device), values_of(b, device)
+        right = a.view(experts, -1, a.shape[1])
+        left = b.view(b.shape[0], -1, experts).permute(2, 0, 1).contiguous()
+        return LowRank(left, right, float(self.layer.scaling[adapter]))
+
+
 class PeftAdditive(Target):
-    """Other PEFT adapters that add ``get_delta_weight(adapter)``: AdaLoRA, LoHa, LoKr.
+    """PEFT's other adapters that add ``get_delta_weight(adapter)``, as AdaLoRA, LoHa and VeRA.
 
     Their delta has no cheap row norms, so it is made as a whole, one layer at a time.
     """
 
-    MARKERS: ClassVar[tuple[str, ...]] = ("lora_E", "hada_w1_a", "lokr_w1")
+    MARKERS: ClassVar[tuple[str, ...]] = (
+        "lora_E",
+        "hada_w1_a",
+        "lokr_w1",
+        "vera_lambda_b",
+        "vblora_logits_A",
+        "fourierft_spectrum",
+        "randlora_lambda",
+        "c3a_kernel",
+        "waveft_spectrum",
+        "delora_lambda",
+        "gralora_A",
+        "pvera_lambda_b",
+        "shira_weight",
+        "unilora_theta_d",
+        "tinylora_v",
+        "supertuning_values",
+    )
+    """What holds something for each adapter, by which the method is known."""
 
     @classmethod
     def match(cls, name: str, module: nn.Module) -> Target | None:
@@ -124,6 +160,15 @@ class PeftAdditive(Target):
         return _sum_of_deltas(self, self._active())
 
 
+def unknown_method(module: nn.Module) -> str | None:
+    """Why an adapter layer of PEFT that no type takes has no noise; None if it is no such layer."""
+    if not has(module, "base_layer", "active_adapters", "adapter_layer_names"):
+        return None
+    _, *path = type(module).__module__.split(".")
+    method = path[1].upper() if path[:1] == ["tuners"] and path[1:] else type(module).__name__
+    return f"{method} adds no product to its weight, but changes the weight or the activations otherwise"
+
+
 def _lora_pairs(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """A and B of each adapter, as modules or parameters."""
     pairs: dict[str, tuple[Any, Any]] = {}
@@ -152,7 +197,8 @@ def _sum_of_deltas(target: Target, adapters: Iterable[str]) -> Tensor | None:
         with gathered(layer, target.adapter_parameters()):
             for adapter in adapters:
                 term: Tensor = layer.get_delta_weight(adapter)
-                term = term.detach().to(target.weight.device, torch.float32).reshape(target.weight.shape)
+                term = term.detach().to_dense() if term.is_sparse else term.detach()
+                term = term.to(target.weight.device, torch.float32).reshape(target.weight.shape)
                 total = term if total is None else total + term
     finally:
         layer.training = training

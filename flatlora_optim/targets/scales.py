@@ -89,9 +89,7 @@ def _squared_norms(rows: Sequence[RowNorms]) -> list[Tensor | None]:
     squared: list[Tensor | None] = [None] * len(rows)
     low_rank: dict[type[FrozenWeight], list[tuple[int, LowRank]]] = {}
     for i, each in enumerate(rows):
-        # Of several adapters on one weight, the first that is active.
-        every = (target.delta() for target in each.target.sharing)
-        delta = next((delta for delta in every if delta is not None), None)
+        delta = each.target.whole_delta()
         if isinstance(delta, LowRank):
             low_rank.setdefault(type(each.target.weight), []).append((i, delta))
         elif delta is not None:

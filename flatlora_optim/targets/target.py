@@ -6,7 +6,7 @@ imported and subclasses, renamed adapters and quantized variants are found alike
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,8 @@ from .weights import FrozenWeight, UnsupportedAdapterError
 class LowRank(NamedTuple):
     """An adapter product ``scaling * left @ right``.
 
-    Shapes ``(m, r)`` and ``(r, n)``, float32, where ``m`` counts output neurons.
+    Shapes ``(m, r)`` and ``(r, n)``, float32, where ``m`` counts output neurons; of experts, with one more
+    dim in front.
     """
 
     left: Tensor
@@ -46,6 +47,9 @@ class Target:
         self.tied: list[Target] = []
         """Further adapter layers on the same weight; it is perturbed once, for all of them."""
         self.first_block = 0
+        self.computes = owner
+        """The module whose forward computes with the weight: the adapter layer itself, if it reads the
+        owner's weight past the owner's forward."""
 
     @classmethod
     def match(cls, name: str, module: nn.Module) -> Target | None:
@@ -67,14 +71,54 @@ class Target:
         """
         raise NotImplementedError
 
+    def whole_delta(self) -> LowRank | Tensor | None:
+        """``delta`` with those of all other active adapters on the same layer.
+
+        Where other layers share the weight, those of the first that has one.
+        """
+        if not self.tied:
+            return self.delta()
+        deltas = [(each.owner, each.delta()) for each in self.sharing]
+        active = [(owner, delta) for owner, delta in deltas if delta is not None]
+        return self.summed([delta for owner, delta in active if owner is active[0][0]])
+
+    def summed(self, deltas: Sequence[LowRank | Tensor]) -> LowRank | Tensor | None:
+        """The sum of what several adapters add; None if there is none."""
+        if len(deltas) < 2:
+            return deltas[0] if deltas else None
+        products = [delta for delta in deltas if isinstance(delta, LowRank)]
+        if len(products) == len(deltas):
+            left = torch.cat([term.left * term.scaling for term in products], -1)
+            return LowRank(left, torch.cat([term.right for term in products], -2), 1.0)
+        total = torch.zeros(self.weight.shape, device=self.weight.device)
+        for delta in deltas:
+            total += self.as_stored(delta)
+        return total
+
+    def as_stored(self, delta: LowRank | Tensor) -> Tensor:
+        """The product as a whole, of the weight's stored shape."""
+        if isinstance(delta, Tensor):
+            return delta
+        matrix = delta.scaling * delta.left @ delta.right
+        return (matrix.mT if self.weight.row_dim else matrix).reshape(self.weight.shape)
+
+    def check(self) -> None:
+        """Tries whether the adapter does what ``delta`` says.
+
+        Raises:
+            ValueError: It does not, by the user's own words.
+            UnsupportedAdapterError: It does not, and was taken for what it is not.
+        """
+
     @property
     def sharing(self) -> list[Target]:
         """This target, and those whose weight is the same."""
         return [self, *self.tied]
 
     @property
-    def owners(self) -> list[nn.Module]:
-        return list({id(each.owner): each.owner for each in self.sharing}.values())
+    def merges_by_itself(self) -> bool:
+        """Whether ``eval()`` writes the adapter into the weight, as loralib does."""
+        return any(is_set(each.layer, "merge_weights") for each in self.sharing)
 
     @property
     def merged(self) -> bool:
@@ -111,11 +155,15 @@ class Target:
         rows, columns = self.weight.rows, self.weight.columns
         if right.ndim != 2 or left.shape != (rows, right.shape[0]) or right.shape[1] != columns:
             raise UnsupportedAdapterError(
-                f"{self.name or type(self.layer).__name__}: B @ A has shapes {tuple(left.shape)} @ "
+                f"{self._called}: B @ A has shapes {tuple(left.shape)} @ "
                 f"{tuple(right.shape)}, but the weight has {rows} output neurons and {columns} inputs; check "
                 "lora_A, lora_B (shapes (r, n) and (m, r)) and `transposed`"
             )
         return LowRank(left, right, scaling)
+
+    @property
+    def _called(self) -> str:
+        return self.name or type(self.layer).__name__
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {self.weight.kind}, {tuple(self.weight.shape)})"

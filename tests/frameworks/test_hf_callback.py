@@ -317,9 +317,9 @@ def test_tells_of_an_optimizer_that_the_trainer_does_not_use(tmp_path: Path) -> 
         ({}, "either sigma"),
         ({"sigma": 0.1, "optimizer": "both"}, "must be a FlatLoRAOptimizer"),
         ({"sigma": -1}, "sigma must be finite"),
-        ({"sigma": 0.1, "shedule": "linear"}, "can't take shedule; there are auto, mode"),
+        ({"sigma": 0.1, "shedule": "linear"}, "no option shedule; there are auto, mode"),
         ({"sigma": 0.1, "schedule": "sine"}, "schedule must be one of"),
-        ({"sigma": 0.1, "total_steps": 3}, "can't take total_steps"),
+        ({"sigma": 0.1, "total_steps": 3}, "no option total_steps"),
     ],
 )
 def test_refuses_wrong_options_at_once(arguments: dict[str, Any], message: str) -> None:

@@ -15,9 +15,19 @@ from torch import Tensor, nn
 from ..sharding import is_sharded, local_part
 from .base import FrozenWeight, UnsupportedAdapterError
 from .dense import DenseWeight
-from .quantized import Bnb4bitWeight, Bnb8bitWeight, OpaqueWeight, own_forward
+from .experts import ExpertsWeight
+from .quantized import Bnb4bitWeight, Bnb8bitWeight, OpaqueWeight, ReadOnlyWeight, own_forward, reader_of
 
-__all__ = ["DenseWeight", "FrozenWeight", "UnsupportedAdapterError", "own_forward", "read_weight"]
+__all__ = [
+    "DenseWeight",
+    "ExpertsWeight",
+    "FrozenWeight",
+    "UnsupportedAdapterError",
+    "has_foreign_forward",
+    "is_plain",
+    "own_forward",
+    "read_weight",
+]
 
 _DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -27,8 +37,8 @@ def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int, name: str = "w
     weight = getattr(owner, name, None)
     if isinstance(weight, Tensor) and weight.is_complex():
         raise UnsupportedAdapterError("its weight is complex")
-    if is_sharded(weight) or (_is_plain(weight) and not _is_computed(owner, name)):
-        if not _is_plain(local_part(weight)):
+    if is_sharded(weight) or (is_plain(weight) and not _is_computed(owner, name)):
+        if not is_plain(local_part(weight)):
             raise UnsupportedAdapterError("its weight is both quantized and sharded")
         return DenseWeight(owner, row_dim, name)
     if name != "weight":
@@ -44,6 +54,14 @@ def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int, name: str = "w
         if all(getattr(holder, "SCB", None) is None for holder in (weight, state)):
             raise UnsupportedAdapterError("not quantized yet: move the model to its device first")
         return Bnb8bitWeight(owner)
+    read = reader_of(owner, name)
+    if read is not None:
+        return ReadOnlyWeight(owner, row_dim, read)
+    if owner is layer or has_foreign_forward(owner):
+        raise UnsupportedAdapterError(
+            f"the weight of {type(owner).__name__} can only be read through its forward, and the adapter is "
+            "in there, too; keep the frozen layer as a submodule (`self.base_layer`) of the adapter's"
+        )
     rows = getattr(layer, "out_features", None) or getattr(owner, "out_features", None)
     columns = getattr(layer, "in_features", None) or getattr(owner, "in_features", None)
     if not (isinstance(rows, int) and isinstance(columns, int)) or hasattr(owner, "kernel_size"):
@@ -54,6 +72,13 @@ def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int, name: str = "w
     return OpaqueWeight(owner, (rows, columns))
 
 
+def has_foreign_forward(owner: nn.Module) -> bool:
+    """Whether another module's forward has taken the place of the layer's own, as kohya's networks do."""
+    forward = getattr(owner, "_old_forward", None) or own_forward(owner)
+    module = getattr(forward, "__self__", owner)
+    return module is not owner and isinstance(module, nn.Module)
+
+
 def _is_computed(owner: nn.Module, name: str) -> bool:
     """Whether the weight is made anew at each look, or before each forward (pruning, the former
     ``weight_norm``), so that what is written to it is lost."""
@@ -61,7 +86,7 @@ def _is_computed(owner: nn.Module, name: str) -> bool:
     return made_by_hook or getattr(owner, name) is not getattr(owner, name)
 
 
-def _is_plain(weight: object) -> bool:
+def is_plain(weight: object) -> bool:
     """Whether in-place arithmetic on the tensor means what it says (no packed or wrapped data)."""
     return (
         type(weight) in (nn.Parameter, Tensor)

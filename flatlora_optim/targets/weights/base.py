@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -113,7 +114,46 @@ class FrozenWeight:
         """What layers with a tied weight have in common."""
         return id(self.layer.weight)
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors that the weight's values are made of."""
+        yield self.layer.weight
+
+    def versions(self) -> tuple[Any, ...]:
+        """Changes with each write that autograd counts, and when another tensor takes the place of one."""
+        return tuple((_Itself(tensor), _version(tensor)) for tensor in self.tensors())
+
     def fingerprint(self) -> tuple[Any, ...]:
         """Changes whenever the weight may have changed, so that cached norms can be dropped."""
-        tensor = self.layer.weight
-        return id(tensor), tensor.data_ptr(), tensor._version
+        return fingerprint_of(self.tensors())
+
+    def _slices_of(self, values: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """``slices`` of a weight whose values have been read at once."""
+        for lo, hi in self.grid().spans(self.shape[0]):
+            yield lo, hi, values[lo:hi].float().flatten(1)
+
+
+def fingerprint_of(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    return tuple((_Itself(tensor), _address(tensor), _version(tensor)) for tensor in tensors)
+
+
+class _Itself:
+    """A tensor's identity, which no later tensor takes over, as it may an ``id``."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._reference = weakref.ref(tensor)  # the same object as long as the tensor lives
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self._reference is other._reference
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a subclass without memory of its own
+        return 0

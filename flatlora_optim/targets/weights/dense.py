@@ -32,6 +32,11 @@ class DenseWeight(FrozenWeight):
         return getattr(self.layer, self.name) if tensor is None else tensor
 
     @property
+    def version(self) -> int:
+        """Moves with each write that autograd counts."""
+        return self.tensor._version
+
+    @property
     def shape(self) -> torch.Size:
         return self.tensor.shape
 
@@ -123,7 +128,9 @@ class DenseWeight(FrozenWeight):
         numel = last + 1 if local.numel() else 0
         return local.device, local.data_ptr(), local.data_ptr() + numel * local.element_size()
 
+    def tensors(self) -> Iterator[Tensor]:
+        yield self.tensor
+
     def fingerprint(self) -> tuple[Any, ...]:
-        tensor = self.tensor
-        local = local_part(tensor) if is_sharded(tensor) else tensor
-        return id(tensor), local.data_ptr(), tensor._version
+        place = place_of(self.tensor) if is_sharded(self.tensor) else None
+        return *super().fingerprint(), place

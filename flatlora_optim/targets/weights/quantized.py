@@ -1,4 +1,4 @@
-"""Weights that a quantizer has packed: they can be read, and not written."""
+"""Weights that can be read, and not written: those that a quantizer has packed, above all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import FrozenWeight
+from .base import FrozenWeight, fingerprint_of
 
 
 class Bnb4bitWeight(FrozenWeight):
@@ -61,9 +61,10 @@ class Bnb4bitWeight(FrozenWeight):
         return packed
 
     def slices(self) -> Iterator[tuple[int, int, Tensor]]:
-        values = self.dense(self._quant_state().dtype)
-        for lo, hi in self.grid().spans(self.shape[0]):
-            yield lo, hi, values[lo:hi].float()
+        return self._slices_of(self.dense(self._quant_state().dtype))
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        return *super().fingerprint(), *fingerprint_of([self._quant_state().absmax])
 
 
 class Bnb8bitWeight(FrozenWeight):
@@ -94,11 +95,73 @@ class Bnb8bitWeight(FrozenWeight):
         for lo, hi in self.grid().spans(self.shape[0]):
             yield lo, hi, self._dequantized(codes[lo:hi], scales[lo:hi], torch.float32)
 
+    def fingerprint(self) -> tuple[Any, ...]:
+        return *super().fingerprint(), *fingerprint_of([self._parts()[1]])
+
     @staticmethod
     def _dequantized(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         # The very operations of MatMul8bitLt.backward, so that its gradient is met to the bit.
         values = codes.to(dtype, copy=True)
         return values.mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
+
+
+class ReadOnlyWeight(FrozenWeight):
+    """A weight whose values are known, but not stored as such: torchao, HQQ, float8, weights that are
+    computed from others."""
+
+    kind = "read-only"
+
+    def __init__(self, layer: nn.Module, row_dim: int, read: Callable[[nn.Module], Tensor]) -> None:
+        super().__init__(layer, row_dim)
+        self._read = read
+        self._shape = self._values().shape
+
+    def _values(self) -> Tensor:
+        with torch.no_grad():
+            return self._read(self.layer).detach()
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._shape
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.tensors()).device
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self._values().to(dtype, copy=True)
+
+    def slices(self) -> Iterator[tuple[int, int, Tensor]]:
+        return self._slices_of(self._values())
+
+    def tensors(self) -> Iterator[Tensor]:
+        return frozen_tensors(self.layer)
+
+    def identity(self) -> Hashable:
+        weight = getattr(self.layer, "weight", None)
+        return id(weight) if isinstance(weight, nn.Parameter) else id(self.layer)
+
+
+def reader_of(owner: nn.Module, name: str) -> Callable[[nn.Module], Tensor] | None:
+    """How the values of a weight are read that can't be written; None if they can't be."""
+    weight = getattr(owner, name, None)
+    if isinstance(weight, Tensor):
+        kind = type(weight)
+        if hasattr(kind, "get_original_weight"):  # torchao's NF4, as torchtune has it
+            return lambda owner: getattr(owner, name).get_original_weight()
+        if getattr(kind, "dequantize", Tensor.dequantize) is not Tensor.dequantize:
+            return lambda owner: getattr(owner, name).dequantize()
+        is_scaled = any("scale" in other for other in (*owner._parameters, *owner._buffers))
+        if (
+            kind in (Tensor, nn.Parameter)
+            and weight.is_floating_point()
+            and weight.ndim > 1
+            and not is_scaled
+        ):
+            return lambda owner: getattr(owner, name).float()
+    elif callable(getattr(owner, "dequantize", None)):
+        return lambda owner: owner.dequantize()  # type: ignore[operator]
+    return None
 
 
 class OpaqueWeight(FrozenWeight):
@@ -119,8 +182,10 @@ class OpaqueWeight(FrozenWeight):
 
     @property
     def device(self) -> torch.device:
-        tensors: tuple[Tensor, ...] = (*self.layer.parameters(), *self.layer.buffers())
-        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+        return next((tensor.device for tensor in self.tensors()), torch.device("cpu"))
+
+    def tensors(self) -> Iterator[Tensor]:
+        return frozen_tensors(self.layer)
 
     @torch.no_grad()
     def _apply(self, x: Tensor) -> Tensor:
@@ -147,8 +212,24 @@ class OpaqueWeight(FrozenWeight):
     def identity(self) -> Hashable:
         return id(self.layer)
 
-    def fingerprint(self) -> tuple[Any, ...]:
-        return (id(self.layer),)
+
+def frozen_tensors(layer: nn.Module) -> Iterator[Tensor]:
+    """All that a quantizer may have kept a weight in."""
+    for module in layer.modules():
+        known: list[Any] = []
+        for value in vars(module).values():  # those of parameters and buffers among them
+            known += value.values() if isinstance(value, dict) else [value]
+        for tensor in known:
+            if isinstance(tensor, Tensor) and not tensor.requires_grad:
+                yield from _inner_tensors(tensor)
+
+
+def _inner_tensors(tensor: Any) -> Iterator[Tensor]:
+    """Those that a subclass wraps."""
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    yield tensor
+    for name in names:
+        yield from _inner_tensors(getattr(tensor, name))
 
 
 def own_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -1,6 +1,6 @@
 """Runs the property tests with fresh random seeds until the time is over, or one of them fails.
 
-    python tests/explore.py [SECONDS] [SEED]
+    python tools/explore.py [SECONDS] [SEED]
 
 Each pass prints its seed first; SEED runs the pass of that seed alone. The pass that is under way when the
 time is over is finished, so a run may take a minute more than SECONDS.
@@ -34,7 +34,7 @@ def main(seconds: float = 120, seed: int | None = None) -> int:
             [sys.executable, "-m", "pytest", *options], cwd=Path(__file__).parent.parent, check=False
         ).returncode
         if failed:
-            print(f"To see it again: python tests/explore.py 0 {chosen}", flush=True)
+            print(f"To see it again: python tools/explore.py 0 {chosen}", flush=True)
             return failed
         passes += 1
     print(f"Found nothing in {passes} passes", flush=True)

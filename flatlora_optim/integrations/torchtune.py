@@ -1,0 +1,72 @@
+"""For torchtune's LoRA recipes. With ``flatlora: {sigma: 0.05}`` in the config::
+
+    tune run flatlora_optim.integrations.torchtune --config CONFIG
+
+does what ``tune run lora_finetune_single_device`` does, with Flat-LoRA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..optimizer import FlatLoRAOptimizer
+from ..targets import register
+
+
+class FlatLoRARecipe:
+    """Goes in front of a recipe, which may be one of torchtune's or your own::
+
+        class Recipe(FlatLoRARecipe, LoRAFinetuneRecipeSingleDevice):
+            pass
+
+    The config's ``flatlora`` holds ``sigma`` and further options of :class:`.FlatLoRAOptimizer`.
+    """
+
+    _model: nn.Module
+    _optimizer: FlatLoRAOptimizer
+
+    def setup(self, cfg: Any) -> None:
+        self._flatlora = {"seed": cfg.get("seed") or 0, **cfg.flatlora}
+        super().setup(cfg)  # type: ignore[misc]
+
+    def _setup_optimizer(self, *args: Any, **kwargs: Any) -> FlatLoRAOptimizer:
+        optimizer = super()._setup_optimizer(*args, **kwargs)  # type: ignore[misc]
+        describe(self._model)
+        return FlatLoRAOptimizer.adopt(optimizer, self._model, total_steps="deferred", **self._flatlora)
+
+    def _setup_lr_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        # Only now the recipe knows how long it is.
+        self._optimizer.total_steps = kwargs["num_training_steps"]
+        self._optimizer.step_count = kwargs["last_epoch"] + 1
+        return super()._setup_lr_scheduler(*args, **kwargs)  # type: ignore[misc]
+
+
+def describe(model: nn.Module) -> None:
+    """Registers torchtune's LoRA layers."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "lora_a") and hasattr(module, "lora_b") and hasattr(module, "weight"):
+            scaling = module.alpha / module.rank
+            register(module, lora_A="lora_a.weight", lora_B="lora_b.weight", scaling=scaling)
+
+
+def _main() -> None:
+    from recipes.lora_finetune_single_device import LoRAFinetuneRecipeSingleDevice
+    from torchtune import config
+
+    class Recipe(FlatLoRARecipe, LoRAFinetuneRecipeSingleDevice):  # type: ignore[misc]
+        pass
+
+    def run(cfg: Any) -> None:
+        recipe = Recipe(cfg=cfg)
+        recipe.setup(cfg=cfg)
+        recipe.train()
+        recipe.cleanup()
+
+    config.parse(run)()
+
+
+if __name__ == "__main__":
+    _main()

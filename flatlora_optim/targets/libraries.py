@@ -1,0 +1,202 @@
+"""LoRA layers of other libraries, recognized by their attributes. Each says where its parts are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attributes import has, is_set
+from .hand_written import HandWrittenLoRA, Registration
+from .probe import complaint_of
+from .target import LowRank, Target, values_of
+from .weights import UnsupportedAdapterError
+
+
+class LibraryLayer(HandWrittenLoRA):
+    """A layer that is described here, so that its users need not do it."""
+
+    MARKERS: ClassVar[tuple[str, ...]] = ()
+    """Attributes that layers of this type have."""
+
+    @classmethod
+    def parts_of(cls, module: Any) -> Registration | None:
+        """Where the module keeps its parts; None if it is of another type."""
+        raise NotImplementedError
+
+    @classmethod
+    def match(cls, name: str, module: nn.Module) -> Target | None:
+        if not has(module, *cls.MARKERS) or (parts := cls.parts_of(module)) is None:
+            return None
+        target = cls.described(name, module, parts)
+        target.delta()
+        return target
+
+    def check(self) -> None:
+        if (complaint := complaint_of(self)) is not None:
+            raise UnsupportedAdapterError(f"it is no {type(self).__name__}: {complaint}")
+
+
+class LoralibLinear(LibraryLayer):
+    """A Linear with A and B as its own parameters, as loralib has it and many write it."""
+
+    MARKERS = ("weight", "lora_A", "lora_B", "scaling")
+
+    @classmethod
+    def parts_of(cls, module: Any) -> Registration | None:
+        if not isinstance(module.lora_A, nn.Parameter) or isinstance(module, nn.Embedding):
+            return None
+        if not isinstance(module.weight, Tensor) or module.weight.ndim != 2:
+            raise UnsupportedAdapterError(
+                "its weight is no matrix, as that of loralib's Linear; describe it by `register`"
+            )
+        is_transposed = is_set(module, "fan_in_fan_out")
+        return Registration("weight", "lora_A", "lora_B", "scaling", is_transposed)
+
+
+class LoralibMergedLinear(LibraryLayer):
+    """loralib's LoRA on some of the slices of a fused projection."""
+
+    MARKERS = ("weight", "lora_A", "lora_B", "scaling", "enable_lora", "merge_AB")
+
+    @classmethod
+    def parts_of(cls, module: Any) -> Registration | None:
+        return Registration(
+            "weight",
+            delta=_merged_product,
+            parameters=("lora_A", "lora_B"),
+            transposed=is_set(module, "fan_in_fan_out"),
+        )
+
+
+class LoralibEmbedding(LibraryLayer):
+    """loralib's Embedding: a row is what the layer outputs for one token."""
+
+    MARKERS = ("weight", "lora_A", "lora_B", "scaling")
+
+    @classmethod
+    def parts_of(cls, module: Any) -> Registration | None:
+        if not isinstance(module, nn.Embedding) or not isinstance(module.lora_A, nn.Parameter):
+            return None
+        return Registration("weight", delta=_embedding_product, parameters=("lora_A", "lora_B"))
+
+
+class LoralibConvolution(LibraryLayer):
+    """loralib's convolutions, which read the weight of the one inside."""
+
+    MARKERS = ("conv", "lora_A", "lora_B", "scaling")
+
+    @classmethod
+    def parts_of(cls, module: Any) -> Registration | None:
+        return Registration("conv.weight", delta=_convolution_product, parameters=("lora_A", "lora_B"))
+
+    @classmethod
+    def described(cls, name: str, module: nn.Module, parts: Registration) -> HandWrittenLoRA:
+        target = super().described(name, module, parts)
+        target.computes = module
+        return target
+
+
+class LitgptLinear(LibraryLayer):
+    """LitGPT's LoRALinear, and LoRAQKVLinear on some of the slices of a fused projection."""
+
+    MARKERS = ("linear", "lora_A", "lora_B", "scaling", "get_lora_AB")
+
+    @classmethod
+    def parts_of(cls, module: Any) -> Registration | None:
+        if has(module, "enable_lora"):
+            return Registration("linear", delta="get_lora_AB", parameters=("lora_A", "lora_B"))
+        return Registration("linear", "lora_A", "lora_B", "scaling")
+
+
+class TorchtuneLinear(LibraryLayer):
+    """torchtune's LoRALinear and DoRALinear, dense or NF4."""
+
+    MARKERS = ("weight", "lora_a", "lora_b", "adapter_params")
+
+    @classmethod
+    def parts_of(cls, module: Any) -> Registration | None:
+        if not has(module.lora_a, "weight"):
+            raise UnsupportedAdapterError(f"{type(module).__name__} is none of torchtune's linear layers")
+        scaling = module.scaling if has(module, "scaling") else module.alpha / module.rank
+        return Registration(
+            "weight", "lora_a.weight", "lora_b.weight", scaling, parameters=("lora_a", "lora_b")
+        )
+
+    def delta(self) -> LowRank | Tensor | None:
+        return None if is_set(self.layer, "disabled") else super().delta()
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        return iter(()) if is_set(self.layer, "disabled") else super().adapter_parameters()
+
+
+class AdapterHubLinear(LibraryLayer):
+    """AdapterHub's LoRA, on a linear layer or on slices of a fused projection."""
+
+    MARKERS = ("weight", "loras", "get_active_setup", "location_key")
+
+    @classmethod
+    def parts_of(cls, module: Any) -> Registration | None:
+        if not len(module.loras):
+            return None
+        for lora in module.loras.values():
+            if getattr(lora, "composition_mode", "add") != "add" or not has(lora, "lora_A", "lora_B"):
+                raise UnsupportedAdapterError(f"{type(lora).__name__} of AdapterHub adds no product B @ A")
+            if is_set(lora, "use_gating"):
+                raise UnsupportedAdapterError("its LoRA is gated, so that there is no merged weight")
+        transposed = is_set(module, "fan_in_fan_out")
+        return Registration("weight", delta=lambda module: None, transposed=transposed)
+
+    def _active(self) -> Any:
+        setup = self.layer.get_active_setup()
+        names = {setup} if isinstance(setup, str) else set() if setup is None else setup.flatten()
+        active = [self.layer.loras[name] for name in names if name in self.layer.loras]
+        if len(active) > 1:
+            raise UnsupportedAdapterError(
+                f"{setup} of AdapterHub composes adapters to no single merged weight"
+            )
+        return active[0] if active else None
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        active = self._active()
+        return iter(()) if active is None else active.parameters()
+
+    def delta(self) -> LowRank | Tensor | None:
+        if (lora := self._active()) is None:
+            return None
+        left, right = (values_of(factor, self.weight.device) for factor in (lora.lora_B, lora.lora_A))
+        if not hasattr(lora, "lora_ind"):
+            return self.low_rank(left, right, float(lora.scaling))
+        slices = sum(lora.enable_lora)
+        rows = F.conv1d(right[None], left[..., None], groups=slices)[0] * float(lora.scaling)
+        product = left.new_zeros(self.weight.rows, self.weight.columns)
+        product[lora.lora_ind.to(left.device)] = rows
+        return (product.T if self.weight.row_dim else product).reshape(self.weight.shape)
+
+
+def _merged_product(module: Any) -> Tensor | None:
+    product: Tensor = module.merge_AB() * module.scaling
+    return product
+
+
+def _embedding_product(module: Any) -> tuple[Tensor, Tensor]:
+    return module.lora_A.T * module.scaling, module.lora_B.T
+
+
+def _convolution_product(module: Any) -> Tensor:
+    product: Tensor = (module.lora_B @ module.lora_A).view(module.conv.weight.shape) * module.scaling
+    return product
+
+
+LIBRARIES: list[type[Target]] = [
+    LoralibMergedLinear,
+    LoralibEmbedding,
+    LoralibConvolution,
+    LoralibLinear,
+    LitgptLinear,
+    TorchtuneLinear,
+    AdapterHubLinear,
+]
+"""The more special before those whose attributes they have, too."""

@@ -1,0 +1,292 @@
+"""Experts of a mixture: many matrices in one parameter, adapted by PEFT's ``target_parameters``."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from flatlora_optim import FlatLoRAOptimizer, NoiseKey
+from flatlora_optim.landscape import expected_loss, top_eigenvalue
+from helpers import (
+    NORM_ERROR,
+    changed_weights,
+    fingerprint,
+    flatlora,
+    gradients,
+    mlp_batch,
+    randomize_adapters,
+    trainable,
+)
+
+pytestmark = pytest.mark.skipif(
+    "target_parameters" not in LoraConfig.__dataclass_fields__, reason="new in PEFT 0.17"
+)
+TOKENS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "vocab_size": 32,
+}
+TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def mixtral(dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    return adapted(MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)).to(dtype), **config)
+
+
+def qwen3(dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    return adapted(Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **experts)).to(dtype), **config)
+
+
+def gpt_oss(dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:
+    """Its experts are stored (inputs, outputs)."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 4, "layer_types": ["full_attention"]}
+    return adapted(GptOssForCausalLM(GptOssConfig(**SIZES, **experts)).to(dtype), **config)
+
+
+def adapted(model: nn.Module, **config: Any) -> nn.Module:
+    experts = next(module for name, module in model.named_modules() if name.endswith("mlp.experts"))
+    if not all(hasattr(experts, name) for name in ("gate_up_proj", "down_proj")):
+        pytest.skip("before transformers 5, each expert had layers of its own")
+    with torch.no_grad():  # rows, experts and axes that can be told apart
+        for parameter in (experts.gate_up_proj, experts.down_proj):
+            scales = torch.rand(parameter.shape[0], *parameter.shape[1:2], 1) + 0.2
+            parameter.mul_(scales.mT if scales.shape[1] == parameter.shape[2] else scales)
+            parameter.mul_(torch.rand(parameter.shape[0], 1, parameter.shape[2]) + 0.2)
+    config = {"target_modules": ["q_proj"], "target_parameters": TARGETS, **config}
+    adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, **config))
+    randomize_adapters(adapted)
+    return adapted.train()
+
+
+MODELS = {"Mixtral": mixtral, "Qwen3-MoE": qwen3, "GPT-OSS": gpt_oss}
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    return model(input_ids=TOKENS, labels=TOKENS).loss
+
+
+def experts_of(model: nn.Module) -> nn.Module:
+    return next(
+        m for n, m in model.named_modules() if hasattr(m, "gate_up_proj") and "gate_up_proj" in m._parameters
+    )
+
+
+def merged_rows(model: nn.Module, name: str) -> Tensor:
+    """The norms of the rows of each expert's merged matrix, by PEFT's own merging; (experts, outputs)."""
+    merged = experts_of(copy.deepcopy(model).merge_and_unload())
+    dim = 1 if getattr(merged, "is_transposed", False) else 2
+    return merged.get_parameter(name).norm(dim=dim)
+
+
+class Ones:
+    def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
+        return out.fill_(1.0)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_each_expert_has_rows_and_norms_of_its_own(make: Any) -> None:
+    model = make()
+    experts = experts_of(model)
+    expected = {name: merged_rows(model, name) for name in ("gate_up_proj", "down_proj")}
+    optimizer = flatlora(model, noise=Ones(), sigma=0.1)
+    assert not optimizer.skipped
+    assert [target.weight.kind for target in optimizer.targets].count("experts") == 2
+    clean = {name: experts.get_parameter(name).clone() for name in expected}
+    before = fingerprint(model)
+    loss_of(model).backward()
+    for name, norms in expected.items():
+        dim = 1 if getattr(experts, "is_transposed", False) else 2
+        inputs = clean[name].shape[dim]
+        noise = (experts.get_parameter(name) - clean[name]).detach()
+        scales = 0.1 * norms / inputs**0.5
+        torch.testing.assert_close(noise, scales.unsqueeze(dim).expand_as(noise), rtol=0.01, atol=1e-6)
+    state = model.state_dict()
+    for name, value in clean.items():
+        (key,) = [key for key in state if key.endswith(name)]
+        assert torch.equal(state[key], value)
+    optimizer.step()
+    assert not changed_weights(model, before)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_statistics_over_draws(make: Any) -> None:
+    model = make()
+    experts, draws = experts_of(model), 100
+    dim = 1 if getattr(experts, "is_transposed", False) else 2
+    clean = experts.down_proj.detach().clone()
+    expected = 0.1 * merged_rows(model, "down_proj") / clean.shape[dim] ** 0.5
+    squared = torch.zeros_like(expected)
+    for seed in range(draws):
+        optimizer = flatlora(model, sigma=0.1, seed=seed)
+        with optimizer.perturbed():
+            squared += (experts.down_proj.detach() - clean).square().mean(dim)
+    # 24 * 100 squares of a Gaussian: 1.4 % standard error.
+    ratio = (squared / draws).sqrt() / expected
+    assert (ratio - 1).abs().max() < 0.07
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("restore", ["exact", "snapshot"])
+def test_the_base_is_bit_identical_after_each_step(make: Any, dtype: torch.dtype, restore: str) -> None:
+    model = make(dtype)
+    before = fingerprint(model)
+    optimizer = flatlora(model, restore=restore, lr=1e-3)
+    for _ in range(3):
+        for _ in range(2):  # micro-batches
+            loss_of(model).backward()
+            assert any("experts" in name for name in changed_weights(model, before))
+        with torch.no_grad():
+            model.eval()
+            loss_of(model)
+            model.train()
+        loss_of(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not changed_weights(model, before)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_evaluation_in_the_middle_is_clean_and_leaves_the_graph_valid(make: Any) -> None:
+    model = make()
+    model.eval()
+    with torch.no_grad():
+        clean = loss_of(model)
+    model.train()
+    optimizer = flatlora(model, sigma=0.3)
+    loss = loss_of(model)
+    assert loss != clean
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(loss_of(model), clean)
+    model.train()
+    loss.backward()  # through the attention's weights, too
+    assert len(gradients(model)) == len(trainable(model))
+    optimizer.step()
+
+
+def test_gradients_are_those_of_the_noisy_experts() -> None:
+    model = mixtral()
+    optimizer = flatlora(model, sigma=0.3, lr=0.0)
+    loss_of(model).backward()
+    actual = gradients(model)
+    optimizer.zero_grad()
+    twin = mixtral()
+    with optimizer.perturbed():
+        noisy = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if not parameter.requires_grad:
+                parameter.copy_(noisy[name])
+    loss_of(twin).backward()
+    for name, gradient in gradients(twin).items():
+        assert torch.equal(actual[name], gradient), name
+
+
+def test_somebody_else_who_writes_an_expert_is_noticed() -> None:
+    model = mixtral()
+    optimizer = flatlora(model)
+    loss_of(model).backward()
+    with torch.no_grad():
+        experts_of(model).gate_up_proj.mul_(2)
+    with pytest.raises(RuntimeError, match="was written while it carried noise"):
+        optimizer.step()
+
+
+def test_norms_follow_what_is_loaded_and_are_kept_otherwise() -> None:
+    model = mixtral(target_modules=[])
+    randomize_adapters(model, std=0.0)
+    optimizer = flatlora(model, lr=0.0)
+    loss_of(model).backward()
+    expected = optimizer.metrics()["noise_norm"] * 10
+    known = [norms._base for norms in optimizer._weights.norms]
+    optimizer.step()
+    loss_of(model).backward()
+    assert all(a is norms._base for a, norms in zip(known, optimizer._weights.norms, strict=True))
+    optimizer.step()
+    with torch.no_grad():
+        for name in ("gate_up_proj", "down_proj"):
+            experts_of(model).get_parameter(name).mul_(10)
+    loss_of(model).backward()
+    assert optimizer.metrics()["noise_norm"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_matrix_as_a_bare_parameter() -> None:
+    from helpers import MLP
+
+    model = get_peft_model(MLP(), LoraConfig(r=2, target_modules=[], target_parameters=["fc2.weight"]))
+    randomize_adapters(model)
+    merged = copy.deepcopy(model).merge_and_unload().fc2.weight
+    before = fingerprint(model)
+    optimizer = flatlora(model, sigma=0.1)
+    for _ in range(2):
+        model(mlp_batch()[0]).square().mean().backward()
+        (noise,) = optimizer._noises
+        expected = 0.1 * merged.norm(dim=1).detach() / 4
+        torch.testing.assert_close(noise.scales, expected, rtol=10 * NORM_ERROR, atol=0)
+        assert changed_weights(model, before)
+        optimizer.step()
+        assert not changed_weights(model, before)
+        optimizer.zero_grad()
+        merged = copy.deepcopy(model).merge_and_unload().fc2.weight
+
+
+def test_two_adapters_add_up() -> None:
+    model = mixtral()
+    config = LoraConfig(r=3, lora_alpha=3, target_modules=["q_proj"], target_parameters=TARGETS)
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(["default", "second"])
+    randomize_adapters(model)
+    merged = experts_of(copy.deepcopy(model).merge_and_unload(adapter_names=["default", "second"]))
+    optimizer = flatlora(model, sigma=0.1)
+    with optimizer.perturbed():
+        pass
+    for target, noise in zip(optimizer.targets, optimizer._noises, strict=True):
+        if target.weight.kind == "experts":
+            rows = merged.get_parameter(target.weight.name).norm(dim=2).flatten().detach()
+            expected = 0.1 * rows / target.weight.columns**0.5
+            torch.testing.assert_close(noise.scales, expected, rtol=0.01, atol=0)
+
+
+def test_all_linear_perturbs_all_that_it_adapts() -> None:
+    model = get_peft_model(mixtral().unload(), LoraConfig(r=2, target_modules="all-linear"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = flatlora(model)
+    adapted = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+    assert len(optimizer.targets) == len(adapted)
+
+
+def test_virtual_mode_refuses_them() -> None:
+    with pytest.raises(ValueError, match="makes this weight anew in each forward; perturb it in place"):
+        flatlora(mixtral(), mode="virtual")
+
+
+def test_landscape() -> None:
+    model = gpt_oss()
+    around = expected_loss(model, loss_of, sigma=0.05, samples=2)
+    assert around.mean != around.at_minimum
+    with pytest.raises(ValueError, match="makes its weight anew"):
+        top_eigenvalue(model, loss_of)
+    assert isinstance(flatlora(model), FlatLoRAOptimizer)
