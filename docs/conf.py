@@ -26,6 +26,7 @@ html_math_renderer = "mathml"
 
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
+suppress_warnings = ["toc.not_readable"]  # until those pages are there
 
 copybutton_selector = "div.highlight-python pre, div.highlight-bash pre, div.highlight-yaml pre, div.highlight-json pre"
 
@@ -40,7 +41,7 @@ autodoc_typehints_description_target = "documented"
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|matplotlib|nn|torch|transformers)\..*|Optimizer"),
-    ("py:.*", "FrozenWeight|Schedule|UnsupportedAdapterError"),
+    ("py:.*", r"Axes|FrozenWeight|Schedule|UnsupportedAdapterError|(.*\.)?T"),
 ]
 
 
