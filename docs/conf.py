@@ -28,7 +28,9 @@ myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 suppress_warnings = ["toc.not_readable"]  # until those pages are there
 
-copybutton_selector = "div.highlight-python pre, div.highlight-bash pre, div.highlight-yaml pre, div.highlight-json pre"
+copybutton_selector = ", ".join(
+    f"div.highlight-{language} pre" for language in ("python", "py", "bash", "yaml", "json")
+)
 
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
