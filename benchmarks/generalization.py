@@ -3,7 +3,8 @@
     python benchmarks/generalization.py                      # what is missing, about 10 hours of one core
     python benchmarks/generalization.py --cell MNIST         # the cells whose names have this in them:
                                                              # one process for each core
-    python benchmarks/generalization.py --quick              # two minutes, to see that it runs
+    python benchmarks/generalization.py --device cuda        # a language model of full size, 8 minutes
+    python benchmarks/generalization.py --quick              # some minutes, to see that it runs
     python benchmarks/generalization.py --report             # only write the report again
 
 Each finished run is a line of ``benchmarks/results/study*.jsonl``; a run that is there already is not
@@ -15,7 +16,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from study import grid, report
-from study.grid import CELLS, TASKS, Cell, Grid, Key, Results
+from study.grid import CELLS, GPU_CELLS, TASKS, Cell, Grid, Key, Results
 from study.tasks import Task
 from study.training import Data, carry_out
 
@@ -36,11 +40,29 @@ def make_task(name: str) -> Task:
     return TASKS[name]()
 
 
-def make(cell: Cell, keys: Sequence[Key], results: Results, bar: tqdm) -> None:
+class OutOfTimeError(Exception):
+    """The next batch may take longer than is left."""
+
+
+class Clock:
+    """Stops before the batch that would go beyond the time, judging by the longest so far."""
+
+    def __init__(self, minutes: float) -> None:
+        self.end, self.started, self.longest = time.monotonic() + 60 * minutes, time.monotonic(), 0.0
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        self.longest, self.started = max(self.longest, now - self.started), now
+        if now + self.longest > self.end:
+            raise OutOfTimeError
+
+
+def make(cell: Cell, keys: Sequence[Key], results: Results, bar: tqdm, clock: Clock) -> None:
     """Makes the runs that are missing."""
     task = make_task(cell.task)
     bar.update(sum(results.get(key) is not None for key in keys))
     for batch in grid.batches(keys, results, task.at_once):
+        clock.tick()
         bar.set_description(f"{cell.name}: {batch[0].phase}, {batch[0].run.method}")
         final = batch[0].phase != "tuning"
         results.add(batch, carry_out(task, cell.data, [key.run for key in batch], final=final))
@@ -63,6 +85,10 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cell", default="", help="only cells whose name contains this")
+    parser.add_argument(
+        "--device", default="cpu", help="cuda: the cells of full size, with their own results"
+    )
+    parser.add_argument("--minutes", type=float, help="stop in time; 8 on a GPU")
     parser.add_argument("--quick", action="store_true", help="a trial; its results go to outputs/")
     parser.add_argument(
         "--report", action="store_true", help="write the report of what is there, run nothing"
@@ -74,14 +100,19 @@ def main() -> None:
     args = arguments()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    cells = [quick(cell) for cell in CELLS] if args.quick else list(CELLS)
+    torch.set_float32_matmul_precision("high")
+    Task.device = torch.device(args.device)
+    everything = [quick(cell) if args.quick else cell for cell in (*CELLS, *GPU_CELLS)]
+    mine = [cell for cell in everything if (cell.task == grid.ON_GPU) == (args.device != "cpu")]
     folder = Path("outputs/generalization-quick") if args.quick else HERE
-    results = Results(folder / "results" / "study.jsonl")
+    files = [folder / "results" / name for name in ("study.jsonl", "study-gpu.jsonl")]
+    results = Results(*(files if args.device == "cpu" else reversed(files)))
+    clock = Clock(args.minutes or (math.inf if args.device == "cpu" else 8))
     if not args.report:
-        with tqdm(unit="run") as bar:
-            for cell, stage in grid.stages([cell for cell in cells if args.cell in cell.name], results):
-                make(cell, stage(), results, bar)
-    for path in report.write(folder, cells, results):
+        with tqdm(unit="run") as bar, suppress(OutOfTimeError):
+            for cell, stage in grid.stages([cell for cell in mine if args.cell in cell.name], results):
+                make(cell, stage(), results, bar, clock)
+    for path in report.write(folder, everything, results):
         print(path)
 
 

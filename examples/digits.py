@@ -161,9 +161,10 @@ class Task:
 
     def model(self, seed: int) -> nn.Module:
         """With a fresh adapter; the frozen weights are the same for all seeds."""
+        vit = copy.deepcopy(self._pretrained)
         torch.manual_seed(seed)
         config = LoraConfig(r=4, lora_alpha=8, target_modules=["qkv", "proj", "fc1", "fc2"])
-        model = get_peft_model(copy.deepcopy(self._pretrained), config)
+        model = get_peft_model(vit, config)
         head = model.base_model.model.head
         head.reset_parameters()
         head.requires_grad_(True)

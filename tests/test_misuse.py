@@ -283,14 +283,14 @@ def test_a_single_element_that_somebody_else_wrote_is_noticed(strided: bool, thr
 @pytest.mark.parametrize("shape", [(4, 4), (8, 8), (100, 99)])
 def test_torch_operations_look_all_over_a_weight(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape)
-    before = plain.probes(weight)
+    before = plain.probe(weight)
     assert len(before) == min(plain.PROBES, weight.numel())
     quarters = weight.view(-1).chunk(4)
     for part in (weight.view(-1)[:1], weight[:, 1:], *quarters):
         part += 1
-        assert not torch.equal(plain.probes(weight), before)
-        before = plain.probes(weight)
-    assert torch.equal(plain.probes(weight), before)
+        assert not torch.equal(plain.probe(weight), before)
+        before = plain.probe(weight)
+    assert torch.equal(plain.probe(weight), before)
 
 
 def test_a_weight_that_is_gone_does_not_keep_the_others(model: nn.Module, before: dict[str, Tensor]) -> None:

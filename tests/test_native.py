@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from flatlora_optim.kernels import build, kernels_of, native, parts_of, perturb, plain, restore
 from flatlora_optim.kernels.grid import Grid
 from flatlora_optim.kernels.part import Keep, Part
+from flatlora_optim.kernels.plain import Product
 from flatlora_optim.kernels.threads import for_each
 from flatlora_optim.noise import GaussianNoise, Noise, NoiseKey, NoiseSource
 from flatlora_optim.noise.table import NoiseTable
@@ -162,7 +163,7 @@ def test_the_norm_increase_is_that_of_a_matrix_product(
             delta = factors[0] @ factors[1]
             expected = (matrix.double() + delta).square().sum(1) - matrix.double().square().sum(1)
             scale = float(matrix.double().norm() * delta.norm()) * 1e-6
-            (found,) = kernels.norm_increases([(stored, left, right)])
+            (found,) = kernels.norm_increases([Product(stored, left, right)])
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=scale)
 
 
@@ -172,7 +173,7 @@ def test_factors_between_two_numbers_of_bfloat16_are_rounded_to_the_even_one() -
     factors = torch.ones(1, 1), halfway[None, :]
     for left, right in (factors, tuple(factor.T for factor in reversed(factors))):
         matrix = torch.zeros(left.shape[0], right.shape[1])
-        (found,) = native.norm_increases([(matrix, left, right)])
+        (found,) = native.norm_increases([Product(matrix, left, right)])
         expected = (left.bfloat16().double() @ right.bfloat16().double()).square().sum(1)
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
 
@@ -183,7 +184,7 @@ def test_factors_between_two_numbers_of_bfloat16_are_rounded_to_the_even_one() -
 def test_a_weight_that_is_not_finite_has_no_finite_norm(dtype: torch.dtype, value: float) -> None:
     matrix = torch.randn(6, 50).to(dtype)
     matrix[2, 7] = matrix[5, 49] = value
-    (found,) = native.norm_increases([(matrix, torch.ones(6, 3), torch.ones(3, 50))])
+    (found,) = native.norm_increases([Product(matrix, torch.ones(6, 3), torch.ones(3, 50))])
     assert found.isfinite().tolist() == [True, True, False, True, True, False]
 
 
@@ -209,26 +210,29 @@ def test_a_weight_may_begin_anywhere(keep: Keep, dtype: torch.dtype) -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", [5, 64, 1000])
-def test_each_probed_element_counts(dtype: torch.dtype, numel: int) -> None:
+@pytest.mark.parametrize("kernels", [native, plain], ids=["native", "plain"])
+def test_each_probed_element_counts(kernels: Any, dtype: torch.dtype, numel: int) -> None:
     weight = torch.randn(numel).to(dtype)
-    bits, before = int_view(weight), native.probes(weight)
+    bits, before = int_view(weight), kernels.probes([weight])
     stride = max(1, numel // plain.PROBES)
     for i in range(0, min(plain.PROBES, numel) * stride, stride):
         for bit in (1, torch.iinfo(bits.dtype).min):
             bits[i] ^= bit
-            assert native.probes(weight) != before
+            assert list(kernels.probes([weight])) != list(before)
             bits[i] ^= bit
-    assert native.probes(weight) == before
+    assert list(kernels.probes([weight])) == list(before)
 
 
 @needs_compiler
 @pytest.mark.parametrize("rank", [1, 3])
 def test_the_norm_increase_knows_nothing_of_the_product_before(rank: int) -> None:
     matrix, left, right = torch.randn(6, 40), torch.randn(6, rank), torch.randn(rank, 40)
-    (expected,) = native.norm_increases([(matrix, left, right)])
+    (expected,) = native.norm_increases([Product(matrix, left, right)])
     for value in (math.nan, math.inf):
-        native.norm_increases([(matrix, torch.full((6, rank + 1), value), torch.full((rank + 1, 40), value))])
-        (found,) = native.norm_increases([(matrix, left, right)])
+        native.norm_increases(
+            [Product(matrix, torch.full((6, rank + 1), value), torch.full((rank + 1, 40), value))]
+        )
+        (found,) = native.norm_increases([Product(matrix, left, right)])
         assert torch.equal(found, expected)
 
 
@@ -240,7 +244,7 @@ def test_the_numbers_are_the_same_with_any_vectors(
     if "-mavx2" in flags and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("needs AVX2")
     products = [
-        (torch.randn(7, 530).to(dtype), torch.randn(7, rank), torch.randn(rank, 530))
+        Product(torch.randn(7, 530).to(dtype), torch.randn(7, rank), torch.randn(rank, 530))
         for dtype in DTYPES
         for rank in (1, 5, 8, 200)
     ]
@@ -564,7 +568,7 @@ def test_a_compiler_that_fails_is_reported(
 def test_an_assembler_that_knows_no_pairs_is_no_obstacle(
     fresh_build: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    product = torch.randn(5, 70), torch.randn(5, 3), torch.randn(3, 70)
+    product = Product(torch.randn(5, 70), torch.randn(5, 3), torch.randn(3, 70))
     (expected,) = native.norm_increases([product])
     older = fresh_build / "cc"
     older.write_text(

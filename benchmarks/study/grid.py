@@ -9,12 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .language import Arithmetic, FullArithmetic
 from .methods import METHODS
 from .tasks import Sentiment, Task
 from .training import Data, Row, Run
 from .vision import MNIST, Digits
 
-TASKS: dict[str, type[Task]] = {"digits": Digits, "MNIST": MNIST, "sentiment": Sentiment}
+ON_GPU = "arithmetic, all layers"
+TASKS: dict[str, type[Task]] = {
+    "digits": Digits,
+    "MNIST": MNIST,
+    "sentiment": Sentiment,
+    "arithmetic": Arithmetic,
+    ON_GPU: FullArithmetic,
+}
 BASELINE = "LoRA"
 UNTUNED = ("LoRA", "early stopping")
 """Methods without a strength: they are tuned over as many learning rates and lengths instead."""
@@ -90,11 +98,20 @@ LENGTH_SIGMAS = (0.2, 0.4, 0.6)
 SENTENCES = Grid(
     (0.001, 0.003),
     (450,),
-    STRENGTHS
-    | {name: (0.2, 0.4, 0.8, 1.6) for name in ("Flat-LoRA", "Flat-LoRA, low rank", "noise on A, B")},
+    STRENGTHS | dict.fromkeys(("Flat-LoRA", "Flat-LoRA, low rank", "noise on A, B"), (0.2, 0.4, 0.8, 1.6)),
     (0.0003, 0.001, 0.003, 0.01),
     (150, 450),
     seeds=2,
+)
+
+
+SUMS = Grid(
+    (0.001, 0.003),
+    (400,),
+    STRENGTHS | dict.fromkeys(("Flat-LoRA", "Flat-LoRA, low rank", "noise on A, B"), (0.05, 0.1, 0.2, 0.4)),
+    (0.0003, 0.001, 0.003, 0.01),
+    (150, 400),
+    seeds=1,
 )
 
 
@@ -112,8 +129,15 @@ def vision(task: str, count: int, wrong: int, **more: Any) -> Cell:
 
 def sentences(count: int, wrong: int, **more: Any) -> Cell:
     return Cell(
-        f"sentiment, {count} examples, {wrong} % wrong", "sentiment", Data(count, 200, wrong / 100, 16), SENTENCES,
-        8, 4, fixed=(0.003, 450), **more,
+        f"sentiment, {count} examples, {wrong} % wrong", "sentiment", Data(count, 200, wrong / 100, 16),
+        SENTENCES, 8, 4, fixed=(0.003, 450), **more,
+    )  # fmt: skip
+
+
+def sums(wrong: int, task: str = "arithmetic", **more: Any) -> Cell:
+    return Cell(
+        f"{task}, 300 examples, {wrong} % wrong", task, Data(300, 200, wrong / 100, 16), SUMS, 5, 5,
+        fixed=(0.002, 400), **more,
     )  # fmt: skip
 
 
@@ -131,15 +155,23 @@ CELLS = (
     sentences(300, 20, curve=(0.2, 0.4, 0.8, 1.2, 1.6, 2.4)),
     sentences(300, 0, curve=(0.4, 0.8, 1.2, 1.6)),
     sentences(1000, 20, tuned_as="sentiment, 300 examples, 20 % wrong"),
+    sums(20, curve=(0.05, 0.1, 0.2, 0.4)),
+    sums(0, curve=(0.05, 0.1, 0.2, 0.4)),
 )
+GPU_CELLS = tuple(
+    sums(wrong, ON_GPU, methods=("LoRA", "LoRA + SAM", "Flat-LoRA", "Flat-LoRA, low rank"))
+    for wrong in (20, 0)
+)
+"""At full size, for ``--device cuda``."""
 
 
 class Results:
     """The lines of the results file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *others: Path) -> None:
+        """``others`` are read, too; what is new goes to ``path``."""
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = [line for file in (path, *others) if file.exists() for line in file.read_text().splitlines()]
         self.rows: dict[tuple[Any, ...], Row] = {}
         for line in lines:
             row = json.loads(line)
@@ -192,22 +224,26 @@ def chosen(cell: Cell, results: Results) -> dict[str, tuple[float, int, float]]:
     return best
 
 
-def curve(cell: Cell) -> list[Key]:
-    """LoRA and Flat-LoRA at fixed settings, over sigma."""
-    sigmas = (0.0, *cell.curve) if cell.curve else ()
-    return [key for sigma in sigmas for key in _at(cell, sigma, cell.fixed[1])]
+def curve(cell: Cell, seeds: range | None = None) -> list[Key]:
+    """LoRA and Flat-LoRA at fixed settings, over sigma; all seeds unless some are named."""
+    points = [(cell.fixed[1], sigma) for sigma in cell.curve and (0.0, *cell.curve)]
+    return _at(cell, points, seeds or range(cell.seeds))
 
 
 def lengths(cell: Cell) -> list[Key]:
     """The same over the length of training."""
+    points = [(steps, sigma) for steps in cell.lengths for sigma in (0.0, *LENGTH_SIGMAS)]
+    return _at(cell, points, range(cell.seeds))
+
+
+def _at(cell: Cell, points: list[tuple[int, float]], seeds: range) -> list[Key]:
+    """All points for a block of seeds before the next block."""
     return [
-        key for steps in cell.lengths for sigma in (0.0, *LENGTH_SIGMAS) for key in _at(cell, sigma, steps)
+        Key(cell.name, "curve", Run("Flat-LoRA" if sigma else BASELINE, cell.fixed[0], steps, sigma, seed))
+        for first in range(seeds.start, seeds.stop, cell.together)
+        for steps, sigma in points
+        for seed in range(first, min(first + cell.together, seeds.stop))
     ]
-
-
-def _at(cell: Cell, sigma: float, steps: int) -> list[Key]:
-    method, lr = "Flat-LoRA" if sigma else BASELINE, cell.fixed[0]
-    return [Key(cell.name, "curve", Run(method, lr, steps, sigma, seed)) for seed in range(cell.seeds)]
 
 
 def final(cell: Cell, results: Results, seeds: range) -> list[Key]:
@@ -232,6 +268,7 @@ def stages(cells: Sequence[Cell], results: Results) -> Iterator[tuple[Cell, Stag
     for task in dict.fromkeys((cell.task, not cell.tuned_as) for cell in cells):
         group = [cell for cell in cells if (cell.task, not cell.tuned_as) == task]
         for cell in group:
+            yield cell, partial(curve, cell, range(cell.together))
             if not cell.tuned_as:
                 yield cell, partial(tuning, cell)
             yield cell, partial(final, cell, results, range(cell.together))

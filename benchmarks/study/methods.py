@@ -7,7 +7,6 @@ Bi-LoRA, arXiv 2508.19564; EFMLoRA, arXiv 2508.00522v3, equations 12, 13, 15 and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,8 +26,6 @@ class Method:
 
     adapters = 1
     """How many adapters of the rank each layer has."""
-    cost = 1.0
-    """Gradients per step."""
 
     def __init__(self, population: Population, strength: Tensor, steps: int) -> None:
         self.population, self.strength, self.steps, self.done = population, strength, steps, 0
@@ -75,8 +72,6 @@ class WeightDecay(Method):
 class SAM(Method):
     """The gradient at ``p + rho * g / |g|`` for p in A and B."""
 
-    cost = 2.0
-
     def gradient(self, batch: Examples) -> Tensor:
         population = self.population
         ascent = population.gradients(batch) * population.on_adapters
@@ -113,7 +108,7 @@ class FlatLoRA(Method):
         self._generators = population.generators(2)
 
     def numbers(self, layer: AdaptedLinear) -> Tensor:
-        return normal(torch.empty(len(self.population), *layer.weight.shape), self._generators)
+        return normal(layer.weight.new_empty(len(self.population), *layer.weight.shape), self._generators)
 
     def gradient(self, batch: Examples) -> Tensor:
         with self.population.noisy(self.numbers, self.sigma()):
@@ -127,8 +122,8 @@ class LowRankFlatLoRA(FlatLoRA):
 
     def numbers(self, layer: AdaptedLinear) -> Tensor:
         rows, columns = layer.weight.shape
-        u = normal(torch.empty(len(self.population), rows, self.rank), self._generators)
-        v = normal(torch.empty(len(self.population), columns, self.rank), self._generators)
+        u = normal(layer.A.new_empty(len(self.population), rows, self.rank), self._generators)
+        v = normal(layer.A.new_empty(len(self.population), columns, self.rank), self._generators)
         return torch.bmm(u, v.transpose(1, 2)).div_(self.rank**0.5)
 
 
@@ -144,8 +139,8 @@ class BiLoRA(Method):
 
     def __init__(self, population: Population, strength: Tensor, steps: int) -> None:
         super().__init__(population, strength, steps)
-        half = population.rank // 2
-        second = torch.zeros(population.theta.shape[1], dtype=torch.bool)
+        half = population.rank
+        second = torch.zeros_like(population.on_adapters)
         for (number, name), part in population.where.items():
             mask = torch.zeros_like(getattr(population.layers[number], name)[0], dtype=torch.bool)
             (mask[half:] if name == "A" else mask[:, half:]).fill_(True)
@@ -158,7 +153,7 @@ class BiLoRA(Method):
     @torch.no_grad()
     def after(self) -> None:
         super().after()
-        squares = torch.zeros(len(self.population))
+        squares = torch.zeros_like(self.strength)
         for layer in self.population.layers:
             a, b = layer.A[:, self._half :], layer.B[:, :, self._half :]
             gram = (b.transpose(1, 2) @ b) * (a @ a.transpose(1, 2))
@@ -217,7 +212,7 @@ def normal(out: Tensor, generators: list[torch.Generator]) -> Tensor:
     return out
 
 
-METHODS: dict[str, Callable[[Population, Tensor, int], Method]] = {
+METHODS: dict[str, type[Method]] = {
     "LoRA": Method,
     "LoRA + dropout": Dropout,
     "LoRA + weight decay": WeightDecay,

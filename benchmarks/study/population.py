@@ -32,13 +32,8 @@ class Examples:
     def take(self, index: Tensor) -> Examples:
         return Examples(tuple(x[index] for x in self.inputs), self.labels[index])
 
-    def flat(self) -> Examples:
-        """The runs' examples one after the other: two leading dimensions become one."""
-        return Examples(tuple(x.flatten(0, 1) for x in self.inputs), self.labels.flatten(0, 1))
-
-    def pieces(self, size: int) -> Iterator[Examples]:
-        for start in range(0, len(self), size):
-            yield self.take(torch.arange(start, min(start + size, len(self))))
+    def to(self, device: torch.device) -> Examples:
+        return Examples(tuple(x.to(device) for x in self.inputs), self.labels.to(device))
 
 
 class AdaptedLinear(nn.Module):
@@ -47,12 +42,12 @@ class AdaptedLinear(nn.Module):
     A: Tensor
     B: Tensor
 
-    def __init__(self, linear: nn.Linear, rank: int, scaling: float) -> None:
+    def __init__(self, linear: nn.Linear, rank: int, adapters: int, scaling: float) -> None:
         super().__init__()
         self.register_buffer("weight", linear.weight.detach())
         bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
         self.register_buffer("bias", bias)
-        self.rank, self.scaling = rank, scaling
+        self.rank, self.adapters, self.scaling = rank, adapters, scaling
         self.noisy: Tensor | None = None
         """``W + noise`` of each run, shape (runs, m, n)."""
         self.keep: Tensor | None = None
@@ -60,15 +55,15 @@ class AdaptedLinear(nn.Module):
 
     def parts(self) -> dict[str, tuple[int, ...]]:
         m, n = self.weight.shape
-        return {"A": (self.rank, n), "B": (m, self.rank)}
+        rank = self.adapters * self.rank
+        return {"A": (rank, n), "B": (m, rank)}
 
     def reset(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """As PEFT does: A uniform (Kaiming), B zero."""
-        shapes = self.parts()
-        bound = 1 / math.sqrt(shapes["A"][1])
+        """A first adapter, or another to go beside it. As PEFT does: A uniform (Kaiming), B zero."""
+        m, n = self.weight.shape
         return {
-            "A": (2 * torch.rand(shapes["A"], generator=generator) - 1) * bound,
-            "B": torch.zeros(shapes["B"]),
+            "A": (2 * torch.rand(self.rank, n, generator=generator) - 1) / math.sqrt(n),
+            "B": torch.zeros(m, self.rank),
         }
 
     def merged(self) -> Tensor:
@@ -119,6 +114,7 @@ class Population:
     Args:
         model: Called with flat examples of all runs, gives logits. Left as it is: this is a copy.
         seeds: One for each run: of its adapters and, by :meth:`generators`, of its noise.
+        adapters: How many each layer has, side by side.
         targets: Last parts of the names of the Linear layers that carry adapters.
         heads: The same of those that are trained as a whole.
     """
@@ -131,35 +127,45 @@ class Population:
         targets: Sequence[str],
         heads: Sequence[str] = (),
         rank: int = 4,
+        adapters: int = 1,
         scaling: float = 2.0,
+        device: torch.device | None = None,
     ) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        self.seeds, self.rank = list(seeds), rank
+        self.model = copy.deepcopy(model).requires_grad_(False).eval().to(device)
+        self.seeds, self.rank, self.device = list(seeds), rank, device or torch.device("cpu")
         self.layers: list[AdaptedLinear] = []
         trained: list[AdaptedLinear | TrainedLinear] = []
         for name, module in list(self.model.named_modules()):
             last = name.rpartition(".")[2]
             if not isinstance(module, nn.Linear) or last not in (*targets, *heads):
                 continue
-            new = AdaptedLinear(module, rank, scaling) if last in targets else TrainedLinear(module)
+            new = AdaptedLinear(module, rank, adapters, scaling) if last in targets else TrainedLinear(module)
             if isinstance(new, AdaptedLinear):
                 self.layers.append(new)
             setattr(self.model.get_submodule(name.rpartition(".")[0]), last, new)
             trained.append(new)
-        self._lay_out(trained)
-        self.last_losses = torch.zeros(len(seeds))
+        self._lay_out(trained, adapters)
+        self.last_losses = torch.zeros(len(seeds), device=self.device)
         """Of the runs, where the last gradient was taken."""
 
     def __len__(self) -> int:
         return len(self.seeds)
 
-    def _lay_out(self, trained: list[AdaptedLinear | TrainedLinear]) -> None:
+    def _lay_out(self, trained: list[AdaptedLinear | TrainedLinear], adapters: int) -> None:
         runs = len(self)
-        generators = self.generators(0)
+        generators = [torch.Generator().manual_seed(1_000_003 * seed) for seed in self.seeds]
+        # Second adapters come after all first ones, which so are the same as without them.
         starts = [[module.reset(generator) for module in trained] for generator in generators]
+        for start, generator in zip(starts, generators, strict=True):
+            for _ in range(1, adapters):
+                for parts, module in zip(start, trained, strict=True):
+                    if isinstance(module, AdaptedLinear):
+                        more = module.reset(generator)
+                        parts["A"] = torch.cat([parts["A"], more["A"]])
+                        parts["B"] = torch.cat([parts["B"], more["B"]], 1)
         count = sum(math.prod(shape) for module in trained for shape in module.parts().values())
-        self.theta = torch.empty(runs, count)
-        self.on_adapters = torch.zeros(count, dtype=torch.bool)
+        self.theta = torch.empty(runs, count, device=self.device)
+        self.on_adapters = torch.zeros(count, dtype=torch.bool, device=self.device)
         """Which of the parameters are in A or B."""
         self.where: dict[tuple[int, str], slice] = {}
         """Columns of ``theta`` that hold A or B of a layer."""
@@ -178,8 +184,8 @@ class Population:
                     self.where[self.layers.index(module), name] = part
 
     def generators(self, stream: int) -> list[torch.Generator]:
-        """One for each run, of its own seed; streams don't share numbers."""
-        return [torch.Generator().manual_seed(1_000_003 * seed + stream) for seed in self.seeds]
+        """One for each run, of its own seed; streams from 1 don't share numbers."""
+        return [torch.Generator(self.device).manual_seed(1_000_003 * seed + stream) for seed in self.seeds]
 
     def logits(self, examples: Examples) -> Tensor:
         """Of flat examples, all runs one after the other."""

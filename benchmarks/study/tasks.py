@@ -43,6 +43,7 @@ class Task(ABC):
     classes = 2
     at_once = 1
     """How many runs share an operation: as many as are fastest."""
+    device = torch.device("cpu")
     flatness_examples = 100
     """Training examples on which flatness is measured."""
 
@@ -60,8 +61,10 @@ class Task(ABC):
             seeds,
             targets=self.targets,
             heads=self.heads,
-            rank=adapters * self.rank,
+            rank=self.rank,
+            adapters=adapters,
             scaling=self.scaling,
+            device=self.device,
         )
 
     def split(self, seed: int, train: int, validation: int, wrong: float) -> Split:
@@ -71,11 +74,9 @@ class Task(ABC):
         parts = []
         for index in (order[:train], order[train : train + validation]):
             part = self.pool.take(index)
-            parts.append(Examples(part.inputs, self.with_wrong(part.labels, wrong, generator)))
+            labels = digits.with_wrong_labels(part.labels, self.classes, wrong, generator)
+            parts.append(Examples(part.inputs, labels).to(self.device))
         return Split(*parts)
-
-    def with_wrong(self, labels: Tensor, share: float, generator: torch.Generator) -> Tensor:
-        return digits.with_wrong_labels(labels, self.classes, share, generator)
 
     def remembered(self, population: Population) -> list[float] | None:
         """Accuracy of each run on what the model could do before, where that can be asked."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .methods import METHODS, Method, normal
+from .methods import METHODS, normal
 from .population import AdamW, AdaptedLinear, Examples, Population
 from .tasks import Split, Task, accuracy, digits
 
@@ -70,13 +70,14 @@ def train(
     """Returns the trained runs, and their losses, with noise, over the last tenth of the steps."""
     (name,), (steps,) = {run.method for run in runs}, {run.steps for run in runs}
     method_class = METHODS[name]
-    population = task.population([run.seed for run in runs], getattr(method_class, "adapters", 1))
-    method = method_class(population, torch.tensor([run.strength for run in runs]), steps)
-    optimizer = AdamW(population.theta, torch.tensor([run.lr for run in runs]), method.weight_decay)
+    population = task.population([run.seed for run in runs], method_class.adapters)
+    strength, lr = population.theta.new_tensor([(run.strength, run.lr) for run in runs]).T
+    method = method_class(population, strength, steps)
+    optimizer = AdamW(population.theta, lr, method.weight_decay)
     batches = [digits.endless(data.train, data.batch, run.seed) for run in runs]
     warmup = max(1, steps // 10)
     keeper = Keeper(population, splits) if name == "early stopping" else None
-    last = torch.zeros(len(runs))
+    last = torch.zeros_like(lr)
     for step in range(steps):
         batch = together(splits, [torch.tensor(next(b)) for b in batches])
         optimizer.step(
@@ -98,11 +99,11 @@ class Keeper:
 
     def __init__(self, population: Population, splits: Sequence[Split]) -> None:
         self.population, self.splits = population, splits
-        self.best = torch.full((len(population),), -1.0)
+        self.best = population.theta.new_full((len(population),), -1.0)
         self.kept = population.theta.clone()
 
     def look(self) -> None:
-        scores = torch.tensor([v["score"] for v in validate(self.population, self.splits)])
+        scores = self.best.new_tensor([v["score"] for v in validate(self.population, self.splits)])
         better = scores > self.best
         self.kept = torch.where(better[:, None], self.population.theta, self.kept)
         self.best = torch.maximum(scores, self.best)
@@ -150,6 +151,7 @@ def examine(task: Task, population: Population, splits: Sequence[Split]) -> list
     tests: list[dict[str, float]] = [{} for _ in range(runs)]
     calibration: list[dict[str, float]] = [{} for _ in range(runs)]
     for name, examples in task.tests.items():
+        examples = examples.to(task.device)
         labels = examples.labels.expand(runs, *examples.labels.shape)
         logits = logits_of(population, [examples] * runs)
         where = "in" if name == task.in_domain else "out"
@@ -186,14 +188,14 @@ def flatness(population: Population, splits: Sequence[Split], count: int) -> lis
     at_minimum = losses()
     measured = {"loss": at_minimum}
     for sigma in SIGMAS:
-        generator = [torch.Generator().manual_seed(0)]
+        generator = [torch.Generator(population.device).manual_seed(0)]
 
         def numbers(layer: AdaptedLinear, generator: list[torch.Generator] = generator) -> Tensor:
-            return normal(torch.empty(1, *layer.weight.shape), generator)
+            return normal(layer.weight.new_empty(1, *layer.weight.shape), generator)
 
-        total = torch.zeros(len(population))
+        total = torch.zeros_like(at_minimum)
         for _ in range(NOISES):
-            with population.noisy(numbers, torch.full((len(population),), sigma)):
+            with population.noisy(numbers, torch.full_like(at_minimum, sigma)):
                 total += losses() - at_minimum
         measured[str(sigma)] = total / NOISES
     return [
@@ -215,7 +217,7 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> list[fl
     for c, p, y in zip(confidence.flatten(1), predicted.flatten(1), labels.flatten(1), strict=True):
         c, right = c[y != -100], (p == y)[y != -100].float()
         number = (c * bins).long().clamp_max(bins - 1)
-        gaps = torch.zeros(bins).index_add(0, number, right - c)
+        gaps = torch.zeros(bins, device=c.device).index_add(0, number, right - c)
         errors.append(float(gaps.abs().sum() / len(c)))
     return errors
 

@@ -4,8 +4,10 @@ sentence-transformers, SetFit."""
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..optimizer import FlatLoRAOptimizer
@@ -60,7 +62,7 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
         self._options = None if sigma is None else checked_options(sigma=sigma, **seeded)
         self.optimizer = optimizer
         """The one in use, if any."""
-        self._watch: Any = None
+        self._handles: list[Any] = []
         self._wanted: int | None = None  # the step whose metrics will be logged
         self._metrics: dict[str, float] = {}
 
@@ -120,10 +122,9 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
             flat.install(optimizer)
         flat.total_steps = state.max_steps
         flat.step_count = state.global_step
-        if self._watch is not None:
-            self._watch.remove()
+        self._remove_hooks()
         # The last moment at which a step's noise is known, also where the trainer doesn't step by itself.
-        self._watch = flat.register_step_pre_hook(self._measure)
+        self._handles = [flat.register_step_pre_hook(self._measure), *_hook_cached_losses(trainer, flat)]
 
     def _check_missing(self, optimizer: Any, found: FlatLoRAOptimizer | None) -> None:
         """Raises RuntimeError if training would go without the noise of this callback."""
@@ -177,9 +178,7 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
+        self._remove_hooks()
         if self.optimizer is not None:
             if self._options is None:
                 self.optimizer.restore()
@@ -192,8 +191,14 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
         assert self._options is not None
         self._take_out()  # a run that failed has left it
         options = {"seed": args.seed, **self._options}
+        model = getattr(model, "model_body", model)  # of a SetFitModel, which is no module
         self.optimizer = FlatLoRAOptimizer.adopt(optimizer, model, **options)
         return self.optimizer
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _take_out(self) -> None:
         if self.optimizer is not None:
@@ -231,6 +236,28 @@ def _trainer_of(callback: FlatLoRACallback) -> Any:
             return caller
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _hook_cached_losses(trainer: Any, optimizer: FlatLoRAOptimizer) -> list[Any]:
+    """Lets both passes of sentence-transformers' cached losses see noise."""
+    losses = getattr(trainer, "loss", None)
+    handles = []
+    loss: Any
+    for loss in losses.values() if isinstance(losses, dict) else [losses]:
+        if not (hasattr(loss, "embed_minibatch") or hasattr(loss, "predict_minibatch")):
+            continue
+        block = ExitStack()
+
+        def begins(*_: Any, block: ExitStack = block) -> None:
+            if torch.is_grad_enabled():  # else it evaluates
+                block.enter_context(optimizer.recomputed())
+
+        def ends(*_: Any, block: ExitStack = block) -> None:
+            block.close()
+
+        handles.append(loss.register_forward_pre_hook(begins))
+        handles.append(loss.register_forward_hook(ends, always_call=True))
+    return handles
 
 
 def _is_deepspeed(optimizer: Any) -> bool:

@@ -1,10 +1,11 @@
 """Making, adding and taking away noise, and the norms that it needs, in three ways that do the same.
 
 ===========  ========================================================================
-``triton``   for CUDA
+``triton``   for CUDA; ``jit`` is the code that is compiled for it
 ``native``   for CPUs with a C compiler; ``build`` compiles and loads its C sources
 ``plain``    torch operations, for everything else; ``journal`` is what they write down
 ``part``     some rows of a weight while noise comes and goes: what each of them offers
+``seal``     whether somebody else writes to weights
 ``grid``     how a weight is cut into blocks
 ``threads``  work on several threads
 ===========  ========================================================================
@@ -19,16 +20,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from . import native, plain
-from .part import Keep, Key, Part, Recipe
+from .part import Keep, Key, Part, Recipe, refuse_capture
 from .plain import Product
+from .threads import interprets_triton
 
 # Earlier releases, which belong to torch 2.4 and 2.5, can't compile the kernels.
 _OLDEST_TRITON = (3, 2)
@@ -51,15 +52,15 @@ class Kernels(Protocol):
         """Overwrites contiguous float32 memory with the standard-normal numbers of a block."""
         ...
 
-    def probes(self, weight: Tensor) -> Any:
-        """A few elements' bit patterns, as a tensor or a number, to be compared with later ones."""
+    def probes(self, weights: Sequence[Tensor]) -> Tensor | list[int]:
+        """A number for each weight on one device, which changes with any of a few elements."""
         ...
 
     def norm_increases(self, products: Sequence[Product]) -> list[Tensor]:
-        """``||(matrix + left @ right)[i]||^2 - ||matrix[i]||^2`` of each, shape ``(m,)``, float32.
+        """``||(W + scaling * left @ right)[i]||^2 - ||W[i]||^2`` of each, shape ``(m,)``, float32.
 
-        Each takes one pass over the matrix, which may have any strides and floating dtype. Native code
-        rounds ``left`` and ``right`` to bfloat16 for it.
+        The weights are on one device. Each takes one pass over it. Native code and Triton round both
+        factors to bfloat16 for it.
         """
         ...
 
@@ -94,10 +95,18 @@ def restore(parts: Iterable[Part]) -> None:
         kind.restore_all(some)
 
 
+def add(parts: Iterable[Part]) -> None:
+    """Like ``perturb``, for parts that will not be restored."""
+    for kind, some in _by_kind(parts).items():
+        kind.add_all(some)
+
+
 def _by_kind(parts: Iterable[Part]) -> dict[type[Part], list[Part]]:
     kinds: dict[type[Part], list[Part]] = {}
     for part in parts:
         kinds.setdefault(type(part), []).append(part)
+    for device in {part.rows.device for some in kinds.values() for part in some}:
+        refuse_capture(device)
     return kinds
 
 
@@ -120,7 +129,8 @@ def kernels_for(noise: Recipe, weight: Tensor) -> Kernels:
 @functools.cache
 def has_triton(device: torch.device) -> bool:
     """Whether the Triton kernels run on the device."""
-    if device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+    # The interpreter has the addresses of tensors, which only those of the CPU let it follow.
+    if device.type != ("cpu" if interprets_triton() else "cuda"):
         return False
     if importlib.util.find_spec("triton") is None:
         return False

@@ -47,31 +47,30 @@ static void philox(const Key key, uint32_t block, uint32_t first, uint32_t words
 
 /* -2 ln((i + 1/2) / 2^31) of the upper 31 bits i: at most 44.4, for a Gaussian of up to 6.66. */
 static inline float minus_two_ln(uint32_t word) {
-    float u = ((float)(int32_t)(word >> 1) + 0.5f) * 0x1p-31f;
-    /* u = 2^e * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)) */
-    uint32_t shifted = as_bits(u) - 0x3F3504F3u;
+    float u = (float)(int32_t)(word >> 1) + 0.5f;
+    /* u = 2^(31 + e) * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)) */
+    uint32_t shifted = as_bits(u) - 0x4EB504F3u;
     int32_t e = (int32_t)shifted >> 23;
     float f = as_float((shifted & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
-    float p = -0.07638592f;
-    p = p * f + 0.1291417f;
-    p = p * f - 0.13240843f;
-    p = p * f + 0.14180079f;
-    p = p * f - 0.16609126f;
-    p = p * f + 0.20002072f;
-    p = p * f - 0.25001585f;
-    p = p * f + 0.33333325f;
-    p = p * f - 0.49999988f;
-    p = p * f + 1.0f;
-    float minus_ln = -(p * f) - (float)e * 0.69314718f;
-    return 2.0f * (minus_ln > 0.0f ? minus_ln : 0.0f);
+    float p = -0.15277184f;
+    p = p * f + 0.2582834f;
+    p = p * f - 0.26481686f;
+    p = p * f + 0.28360158f;
+    p = p * f - 0.33218252f;
+    p = p * f + 0.40004144f;
+    p = p * f - 0.5000317f;
+    p = p * f + 0.6666665f;
+    p = p * f - 0.99999976f;
+    p = p * f + 2.0f;
+    return -(p * f) - (float)e * 1.38629436f;
 }
 
 static void box_muller(const uint32_t *radius, const uint32_t *angle, float *z0, float *z1) {
     for (int i = 0; i < LANES; i++) {
         float r = sqrtf(minus_two_ln(radius[i]));
-        /* The angle is quadrant * pi/2 + x with x in [-pi/4, pi/4). */
-        uint32_t quadrant = (angle[i] + 0x20000000u) >> 30;
-        float x = (float)(int32_t)(angle[i] - (quadrant << 30)) * 1.46291808e-9f;
+        /* The angle is quadrant * pi/2 + x with x in [-pi/4, pi/4); the quadrant is the upper two bits of t. */
+        uint32_t t = angle[i] + 0x20000000u;
+        float x = (float)(int32_t)(angle[i] << 2) * 3.6572952e-10f;
         float y = x * x;
         float s = -1.9503963e-4f;
         s = s * y + 8.3320364e-3f;
@@ -84,11 +83,11 @@ static void box_muller(const uint32_t *radius, const uint32_t *angle, float *z0,
         c = c * y - 0.5f;
         c = c * y + 1.0f;
         c = c * r;
-        uint32_t odd = 0u - (quadrant & 1u);
+        uint32_t odd = 0u - (t >> 30 & 1u);
         uint32_t sin_bits = (as_bits(s) & ~odd) | (as_bits(c) & odd);
         uint32_t cos_bits = (as_bits(c) & ~odd) | (as_bits(s) & odd);
-        z0[i] = as_float(cos_bits ^ (((quadrant + 1u) & 2u) << 30));
-        z1[i] = as_float(sin_bits ^ ((quadrant & 2u) << 30));
+        z0[i] = as_float(cos_bits ^ ((t + 0x40000000u) & 0x80000000u));
+        z1[i] = as_float(sin_bits ^ (t & 0x80000000u));
     }
 }
 

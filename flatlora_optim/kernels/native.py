@@ -112,9 +112,13 @@ def fill(out: Tensor, key: Key, block: int) -> Tensor:
     return out
 
 
-def probes(weight: Tensor) -> int | Tensor:
+def probes(weights: Sequence[Tensor]) -> list[int]:
+    return [_probe(weight) for weight in weights]
+
+
+def _probe(weight: Tensor) -> int:
     if not weight.is_contiguous():
-        return plain.probes(weight)
+        return int(plain.probe(weight))
     numel = weight.numel()
     stride = max(1, numel // plain.PROBES)
     count, width = min(plain.PROBES, numel), weight.element_size()
@@ -207,12 +211,13 @@ def _write(function: str, parts: Sequence[Part], room_size: int) -> bool:
 
 def norm_increases(products: Sequence[Product]) -> list[Tensor]:
     # The factors, too, have to live as long as their addresses are in use.
-    factors = [(left.contiguous(), right.contiguous()) for _, left, right in products]
+    factors = [_factors(products, 1), _factors(products, 2)]
     outs, tasks, sizes = [], [], []
-    for (matrix, *_), (left, right) in zip(products, factors, strict=True):
+    for product, left, right in zip(products, *factors, strict=True):
+        matrix = product.matrix()
         (rows, columns), rank = matrix.shape, right.shape[0]
         if matrix.dtype not in _FORMATS or not matrix.is_contiguous() or rank == 0:
-            outs.append(plain.norm_increase(matrix, left, right))
+            outs.append(plain.norm_increase(product))
             continue
         out = torch.empty(rows, dtype=torch.float32, device=matrix.device)
         outs.append(out)
@@ -234,6 +239,14 @@ def norm_increases(products: Sequence[Product]) -> list[Tensor]:
     largest = max((task.rank for task in tasks), default=0)
     _share_out("norm_increases", tasks, sizes, library().flatlora_norm_room(largest))
     return outs
+
+
+def _factors(products: Sequence[Product], which: int) -> list[Tensor]:
+    """Scaled ``left``, or ``right``, of each."""
+    factors = [product[which].float() for product in products]  # type: ignore[union-attr]
+    if which == 1:
+        factors = list(torch._foreach_mul(factors, [product.scaling for product in products]))
+    return [factor.contiguous() for factor in factors]
 
 
 def _share_out(

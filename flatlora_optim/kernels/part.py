@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from .grid import Grid
@@ -60,6 +61,27 @@ class Recipe(Protocol):
     def scales_of(self, lo: int, hi: int) -> Tensor: ...
 
 
+def read(tensor: Tensor) -> list[Any]:
+    """Waits for the device, and has its answer: nothing else in the package does so at each step."""
+    values: list[Any] = tensor.tolist()
+    return values
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph records what is launched."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raises RuntimeError while a CUDA graph records what is launched."""
+    if is_captured(device):
+        raise RuntimeError(
+            "noise can't come or go while a CUDA graph is captured: each replay would repeat the noise of "
+            "one step. Capture forward and backward alone, of weights that are perturbed in place, with "
+            "`auto=False`, and replay the graph inside of `with optimizer.perturbed():`"
+        )
+
+
 class Part:
     """Local rows ``[lo, hi)`` of a weight, and the noise for them.
 
@@ -79,9 +101,13 @@ class Part:
     ) -> None:
         self.rows, self.noise, self.lo, self.hi = rows, noise, lo, hi
         self.keep, self.copy = keep, copy
+        self._storage = rows.untyped_storage()  # stays, even if the tensor is given another
 
     is_perturbed = False
     """Whether the rows carry the noise right now."""
+
+    memory: Any = None
+    """What is kept between steps, by whoever holds it. Its ``share`` is the memory that the part takes."""
 
     _journal: Any = None
 
@@ -115,6 +141,11 @@ class Part:
     def restore_all(cls: type[P], parts: Sequence[P]) -> None:
         """Restores parts of this kind, on the CPU several at once."""
         visit(cls.restore, parts)
+
+    @classmethod
+    def add_all(cls: type[P], parts: Sequence[P]) -> None:
+        """Perturbs parts of this kind that will not be restored."""
+        cls.perturb_all(parts)
 
 
 def visit(work: Callable[[P], None], parts: Sequence[P]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +16,38 @@ from .threads import rows_at_once, scratch
 name = "torch operations"
 blocks_at_once = 1  # what is made in between stays in a core's own cache
 
-Product = tuple[Tensor, Tensor, Tensor]
-"""A matrix of shape ``(m, n)`` and a low-rank product ``left @ right`` on top of it, of shapes
-``(m, r)`` and ``(r, n)``, float32."""
+
+class Product(NamedTuple):
+    """A weight and a low-rank product ``scaling * left @ right`` on top of it, of shapes ``(m, r)`` and
+    ``(r, n)``.
+
+    With ``row_dim`` 1, the weight is stored transposed. All of them may be of any floating dtype.
+    """
+
+    weight: Tensor
+    left: Tensor
+    right: Tensor
+    scaling: float = 1.0
+    row_dim: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.left.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.right.shape[1]
+
+    def matrix(self) -> Tensor:
+        """The weight, of shape ``(m, n)``."""
+        matrix = self.weight.flatten(1)
+        return matrix.T if self.row_dim else matrix
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Scaled ``left``, and ``right``, float32."""
+        left = self.left.float()
+        return left if self.scaling == 1.0 else left * self.scaling, self.right.float()
+
 
 PROBES = 64
 
@@ -64,14 +94,26 @@ def fill(out: Tensor, key: Key, block: int) -> Tensor:
     return out.normal_(generator=generator)
 
 
-def probes(weight: Tensor) -> Tensor:
+def probes(weights: Sequence[Tensor]) -> Tensor | list[int]:
+    return torch.stack([probe(weight) for weight in weights])
+
+
+def probe(weight: Tensor) -> Tensor:
+    """Changes with any of a few elements."""
     stride = max(1, weight.numel() // PROBES)
-    some = weight.reshape(-1)[::stride] if weight.is_contiguous() else weight[:, 0]
-    return bits(some[:PROBES].clone())
+    some = weight.reshape(-1)[::stride] if weight.is_contiguous() else weight.flatten(1)[:, 0]
+    values = bits(some[:PROBES].clone()).to(torch.int64)
+    factors = torch.arange(1, 2 * len(values), 2, device=weight.device) * 0x1E3779B97F4A7C15
+    return (values * factors).sum()
 
 
 class Part(part.Part):
     _journal: Journal | None = None
+
+    def __init__(
+        self, rows: Tensor, noise: Recipe, lo: int, hi: int, keep: Keep, copy: Tensor | None = None
+    ) -> None:
+        super().__init__(rows.detach(), noise, lo, hi, keep, copy)  # stays where it is
 
     def perturb(self) -> None:
         eps = self.noise.block(self.lo, self.hi)
@@ -111,11 +153,12 @@ class Part(part.Part):
 
 
 def norm_increases(products: Sequence[Product]) -> list[Tensor]:
-    return [norm_increase(*product) for product in products]
+    return [norm_increase(product) for product in products]
 
 
-def norm_increase(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``||(matrix + left @ right)[i]||^2 - ||matrix[i]||^2``, shape ``(m,)``, float32."""
+def norm_increase(product: Product) -> Tensor:
+    """``||(W + scaling * left @ right)[i]||^2 - ||W[i]||^2``, shape ``(m,)``, float32."""
+    matrix, (left, right) = product.matrix(), product.factors()
     out = torch.empty(len(matrix), dtype=torch.float32, device=matrix.device)
     for rows in row_chunks(matrix):
         values = matrix[rows]

@@ -28,12 +28,17 @@ _pools: dict[int, ThreadPoolExecutor] = {}
 _this_thread = threading.local()
 
 
+def interprets_triton() -> bool:
+    """Whether Triton's interpreter runs its kernels, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
 def for_each(work: Callable[[T], object], items: Sequence[T]) -> None:
     """Calls ``work`` once per item, on as many threads as torch uses. Runs inline when nested.
 
     Returns or raises only after every started call has ended; the first exception is raised.
     """
-    threads = torch.get_num_threads()
+    threads = 1 if interprets_triton() else torch.get_num_threads()
     if threads == 1 or len(items) < 2 or getattr(_this_thread, "is_worker", False):
         for item in items:
             work(item)

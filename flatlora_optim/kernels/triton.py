@@ -1,334 +1,486 @@
-"""Triton kernels: one pass over the weight each for norms, perturb (with journal) and restore.
+"""Noise on a GPU: all weights of a device and dtype in one launch, which nothing waits for.
 
-The noise is counter-based Philox (Salmon et al. 2011): an element's number depends on the
-block's seed and the element's place in it, so nothing of the weight's size is ever stored. The
-module imports Triton; ask :func:`flatlora_optim.kernels.has_triton` first.
+``jit`` has the code of the kernels. What they are told of the weights lies in tables in the device's
+memory, which are made once and kept for as long as the weights stay where they are. The journal, too,
+has a place that is reserved once. How much of it a step needs is told by the device when it is asked
+anyway; a tile that finds no room stays clean for the step, and the place grows for the next one.
+
+The module imports Triton; ask :func:`flatlora_optim.kernels.has_triton` first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from . import part, plain
-from .journal import narrowed
-from .part import Keep, Key, Recipe
+from . import jit, part, plain
+from .part import Keep, Key, Recipe, read
 from .plain import Product
+from .threads import interprets_triton
+
+T = TypeVar("T")
 
 name = "Triton"
-blocks_at_once = 1
+blocks_at_once = 1 << 40  # a weight is one part
 
-_LARGEST_RANK = 64
-"""The kernel keeps a rank's sums in registers: beyond, it takes minutes to compile, and spills."""
-
-TILE = 1024
+TILE = 4096
 """Elements per program. A position within a tile fits the 16 bits that the journal has for it."""
 
+_ROWS, _COLUMNS, _MOST_RANKS = 64, 64, 64  # of one program's product
 
-# Seeds and offsets are new numbers at each call: no variant is to be compiled for their divisors.
-_jit = triton.jit(do_not_specialize=["seed", "offset"])
+_ROOM = {2: 1 / 18, 4: 1 / 13}
+"""Entries of a journal per element that there is room for at first, by the size of an element: what noise
+of sigma 0.05 needs, within 12 % of the weights' memory."""
 
-
-@triton.jit
-def _rounded_sum(w, eps, dtype: tl.constexpr):
-    """``round(w + eps)``; a finite float16 weight stays finite."""
-    total = w.to(tl.float32) + eps
-    if dtype == tl.float16:
-        finite = tl.abs(w.to(tl.float32)) <= 65504.0
-        clamped = tl.minimum(tl.maximum(total, -65504.0), 65504.0)
-        total = tl.where(finite, clamped, total)
-    if dtype == tl.bfloat16:
-        return _round_to_bfloat16(total)
-    return total.to(dtype)
-
-
-@triton.jit
-def _round_to_bfloat16(x):
-    """To the nearest, ties to even, as torch does; Triton's interpreter would truncate."""
-    bits = x.to(tl.int32, bitcast=True)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    # Rounding could carry a NaN into an infinity.
-    nearest = tl.where(x == x, rounded, (bits >> 16) | 0x40)
-    return nearest.to(tl.int16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def _noise(scales, place, row_size, seed, offset, mask, ROW_DIM: tl.constexpr):
-    """``scale * z`` of the elements at ``place`` of a block whose first counter is ``offset``."""
-    if ROW_DIM == 0:
-        row = place // row_size
-    else:
-        row = place % row_size
-    scale = tl.load(scales + row, mask=mask, other=0.0)
-    return tl.randn(seed, offset + place) * scale
-
-
-@_jit
-def fill_kernel(out, numel, seed, TILE: tl.constexpr):
-    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    tl.store(out + place, tl.randn(seed, place), mask=place < numel)
-
-
-@_jit
-def perturb_kernel(
-    weight,
-    scales,
-    low,
-    corrections,
-    starts,
-    counts,
-    total,
-    done,
-    numel,
-    row_size,
-    seed,
-    offset,
-    ROW_DIM: tl.constexpr,
-    JOURNAL: tl.constexpr,
-    BITS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    tile = tl.program_id(0)
-    place = tile * TILE + tl.arange(0, TILE)
-    mask = place < numel
-    w = tl.load(weight + place, mask=mask, other=0.0)
-    eps = _noise(scales, place, row_size, seed, offset, mask, ROW_DIM)
-    perturbed = _rounded_sum(w, eps, w.dtype)
-    if JOURNAL:
-        back = _rounded_sum(perturbed, -eps, w.dtype)
-        correction = w.to(BITS, bitcast=True) - back.to(BITS, bitcast=True)
-        missed = ((correction != 0) & mask).to(tl.int32)
-        count = tl.sum(missed, 0)
-        start = tl.atomic_add(total, count)
-        slot = start + tl.cumsum(missed, 0) - 1
-        tl.store(low + slot, tl.arange(0, TILE).to(tl.int16), mask=missed != 0)
-        tl.store(corrections + slot, correction, mask=missed != 0)
-        tl.store(starts + tile, start)
-        tl.store(counts + tile, count)
-    tl.store(weight + place, perturbed, mask=mask)
-    tl.store(done, 1)
-
-
-@_jit
-def restore_kernel(
-    weight,
-    scales,
-    low,
-    corrections,
-    starts,
-    counts,
-    done,
-    numel,
-    row_size,
-    seed,
-    offset,
-    ROW_DIM: tl.constexpr,
-    JOURNAL: tl.constexpr,
-    BITS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    tile = tl.program_id(0)
-    place = tile * TILE + tl.arange(0, TILE)
-    mask = place < numel
-    w = tl.load(weight + place, mask=mask, other=0.0)
-    eps = _noise(scales, place, row_size, seed, offset, mask, ROW_DIM)
-    tl.store(weight + place, _rounded_sum(w, -eps, w.dtype), mask=mask)
-    if JOURNAL:
-        # The elements to correct have just been stored by other threads of this program.
-        tl.debug_barrier()
-        entry = tl.arange(0, TILE)
-        recorded = entry < tl.load(counts + tile)
-        slot = tl.load(starts + tile) + entry
-        position = tile * TILE + tl.load(low + slot, mask=recorded, other=0).to(tl.int32)
-        missed = tl.load(weight + position, mask=recorded, other=0.0).to(BITS, bitcast=True)
-        right = missed + tl.load(corrections + slot, mask=recorded, other=0).to(BITS)
-        tl.store(weight + position, right.to(w.dtype, bitcast=True), mask=recorded)
-    tl.store(done, 1)
-
-
-@triton.jit
-def cross_kernel(
-    weight,
-    left,
-    right,
-    out,
-    rows,
-    columns,
-    row_stride,
-    column_stride,
-    rank,
-    RANK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """``out[i] = <left[i, :], (W @ right.T)[i, :]>``: the cross term of the merged row norms."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    r = tl.arange(0, RANK)
-    product = tl.zeros((ROWS, RANK), dtype=tl.float32)
-    for first in range(0, columns, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        w = tl.load(
-            weight + row[:, None].to(tl.int64) * row_stride + column[None, :].to(tl.int64) * column_stride,
-            mask=(row[:, None] < rows) & (column[None, :] < columns),
-            other=0.0,
-        )
-        a = tl.load(
-            right + r[None, :] * columns + column[:, None],
-            mask=(r[None, :] < rank) & (column[:, None] < columns),
-            other=0.0,
-        )
-        product += tl.dot(w.to(tl.float32), a, input_precision="ieee")
-    b = tl.load(
-        left + row[:, None] * rank + r[None, :], mask=(row[:, None] < rows) & (r[None, :] < rank), other=0.0
-    )
-    tl.store(out + row, tl.sum(product * b, 1), mask=row < rows)
-
-
-class TileJournal:
-    """The journal of ``perturb_kernel``: positions within tiles, in the order the tiles finished."""
-
-    def __init__(self, weight: Tensor) -> None:
-        numel, device = weight.numel(), weight.device
-        self.low = torch.empty(numel, dtype=torch.int16, device=device)
-        self.corrections = torch.empty(numel, dtype=_INTEGERS[weight.element_size()], device=device)
-        self.starts = torch.empty(triton.cdiv(numel, TILE), dtype=torch.int32, device=device)
-        self.counts = torch.empty_like(self.starts)
-        self.total = torch.zeros(1, dtype=torch.int32, device=device)
-
-    def trim(self) -> None:
-        """Gives back the memory that was reserved for the worst case."""
-        used = int(self.total)
-        self.low = self.low[:used].clone()
-        self.corrections = narrowed(self.corrections[:used]).clone()
-
-    @property
-    def nbytes(self) -> int:
-        parts = (self.low, self.corrections, self.starts, self.counts, self.total)
-        return sum(t.numel() * t.element_size() for t in parts)
-
-
-def takes(noise: Recipe, weight: Tensor) -> bool:
-    is_known = noise.can_be_fused and noise.is_seeded
-    return is_known and weight.is_contiguous() and weight.dtype != torch.float64
-
-
-def fill(out: Tensor, key: Key, block: int) -> Tensor:
-    with _on(out):
-        fill_kernel[_tiles(out)](out, out.numel(), key.block_seed(block, 64), TILE=TILE)
-    return out
-
-
-probes = plain.probes
-
-
-class Part(part.Part):
-    _journal: TileJournal | None = None
-
-    def perturb(self) -> None:
-        if self.copy is not None:
-            self.copy.copy_(self.rows)
-        if self.keep is Keep.JOURNAL:
-            self._journal = TileJournal(self.rows)
-        totals = [getattr(self._journal, "total", self.rows)]
-        self._write(lambda done: self._launch(perturb_kernel, self.rows, totals, done), True)
-        if self._journal is not None:
-            self._journal.trim()
-
-    def restore(self) -> None:
-        if self.is_perturbed:
-            self._write(lambda done: self._restore(self.rows, done), False)
-            self.forget()
-
-    def clean(self, copy: Tensor) -> None:
-        self._restore(copy, torch.empty(1, dtype=torch.int32, device=copy.device))
-
-    def _restore(self, rows: Tensor, done: Tensor) -> None:
-        if self.copy is None:
-            self._launch(restore_kernel, rows, [], done)
-        else:
-            rows.copy_(self.copy)
-            done.fill_(1)
-
-    def _launch(self, kernel: Any, rows: Tensor, totals: list[Tensor], done: Tensor) -> None:
-        noise = self.noise
-        (number,), offset = noise.blocks(self.lo, self.hi)
-        names = "low", "corrections", "starts", "counts"
-        with _on(rows):
-            kernel[_tiles(rows)](
-                rows,
-                noise.scales_of(self.lo, self.hi),
-                *(getattr(self._journal, name, rows) for name in names),
-                *totals,
-                done,
-                rows.numel(),
-                rows[0].numel(),
-                noise.key.block_seed(number, 64),
-                offset,
-                ROW_DIM=noise.row_dim,
-                JOURNAL=self._journal is not None,
-                BITS=_BITS[rows.element_size()],
-                TILE=TILE,
-                **_EXACT,
-            )
-
-    def _write(self, launch: Callable[[Tensor], None], is_perturbed: bool) -> None:
-        """Launches what writes the rows and takes note of it, whatever interrupts us."""
-        done = torch.zeros(1, dtype=torch.int32, device=self.rows.device)
-        try:
-            launch(done)
-            self.is_perturbed = is_perturbed
-        except BaseException:
-            if int(done):
-                self.is_perturbed = is_perturbed
-            raise
-
-
-def norm_increases(products: Sequence[Product]) -> list[Tensor]:
-    return [_norm_increase(*product) for product in products]
-
-
-def _norm_increase(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    if len(right) > _LARGEST_RANK:
-        return plain.norm_increase(matrix, left, right)
-    rows, columns = matrix.shape
-    out = torch.empty(rows, dtype=torch.float32, device=matrix.device)
-    rank = right.shape[0]
-    padded = max(16, triton.next_power_of_2(rank))
-    with _on(matrix):
-        cross_kernel[(triton.cdiv(rows, 64),)](
-            matrix,
-            left.contiguous(),
-            right.contiguous(),
-            out,
-            rows,
-            columns,
-            matrix.stride(0),
-            matrix.stride(1),
-            rank,
-            RANK=padded,
-            ROWS=64,
-            COLUMNS=64,
-        )
-    return 2 * out + ((left @ (right @ right.T)) * left).sum(1)
-
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_BITS = {2: tl.int16, 4: tl.int32}
+_INTEGERS = {2: torch.int16, 4: torch.int32}
+_KEEP = {Keep.NOTHING: jit.NOTHING, Keep.JOURNAL: jit.JOURNAL, Keep.COPY: jit.COPY}
 
 # Contracting `z * scale + w` into one rounding would make the restore miss other elements than
 # the journal has.
-_EXACT: dict[str, Any] = {"enable_fp_fusion": False}
-
-_BITS = {2: tl.int16, 4: tl.int32}
-_INTEGERS = {2: torch.int16, 4: torch.int32}
+_EXACT: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": jit.THREADS.value // 32}
 
 
-def _tiles(tensor: Tensor) -> tuple[int]:
-    return (triton.cdiv(tensor.numel(), TILE),)
+def takes(noise: Recipe, weight: Tensor) -> bool:
+    is_known = noise.can_be_fused and noise.is_seeded and weight.dtype in _DTYPES
+    return is_known and weight.is_contiguous() and weight.numel() > 0 and noise.grid.row_size < 1 << 31
 
 
-def _on(tensor: Tensor) -> Any:
+def fill(out: Tensor, key: Key, block: int) -> Tensor:
+    with _on(out.device):
+        grid = (triton.cdiv(out.numel(), TILE),)
+        jit.fill_kernel[grid](out, out.numel(), *map(_signed, key.words), _signed(block), TILE=TILE, **_EXACT)
+    return out
+
+
+# ------------------------------------------------------------------------ parts of weights
+
+
+class Part(part.Part):
+    """A whole weight, or its local part. Whether its tiles carry the noise is known to the device."""
+
+    memory: _Batch | None = None
+
+    def __init__(
+        self, rows: Tensor, noise: Recipe, lo: int, hi: int, keep: Keep, copy: Tensor | None = None
+    ) -> None:
+        super().__init__(rows, noise, lo, hi, keep, copy)
+        self.address = rows.data_ptr()
+
+    def perturb(self) -> None:
+        self.perturb_all([self])
+
+    def restore(self) -> None:
+        self.restore_all([self])
+
+    def clean(self, copy: Tensor) -> None:
+        assert self.memory is not None
+        self.memory.restore_copy(self, copy)
+
+    def forget(self) -> None:
+        if self.is_perturbed and self.memory is not None:
+            self.memory.forget(self)
+        self.is_perturbed = False
+
+    @classmethod
+    def perturb_all(cls, parts: Sequence[Part]) -> None:  # type: ignore[override]
+        for some in _grouped(parts, lambda p: (p.rows.device, p.rows.dtype, p.keep, p.noise.key.words)):
+            _batch_of(some).perturb(some)
+
+    @classmethod
+    def restore_all(cls, parts: Sequence[Part]) -> None:  # type: ignore[override]
+        for some in _grouped([p for p in parts if p.memory is not None], lambda p: p.memory):
+            assert some[0].memory is not None
+            some[0].memory.restore(some)
+
+    @classmethod
+    def add_all(cls, parts: Sequence[Part]) -> None:  # type: ignore[override]
+        for each in parts:
+            rows, noise = each.rows, each.noise
+            increment_version(rows)
+            table, entries = _only(rows.device, _description(each, in_place=False))
+            _launch(
+                jit.perturb_kernel, rows, (table, entries, 0, rows.data_ptr()), noise.scales, noise.key.words,
+                (None,) * 5, len(entries), BITS=_BITS[rows.element_size()], KEEP=jit.NOTHING,
+            )  # fmt: skip
+
+
+def _description(part: Part, *, in_place: bool) -> tuple[int, ...]:
+    """What the table says of a weight, apart from where its scales and tiles begin among all: see
+    ``jit._located``. Last, the number of its tiles."""
+    grid, rows = part.noise.grid, part.rows
+    first_row, size, row_size = grid.first_row + part.lo, grid.rows_per_block, grid.row_size
+    block = first_row // size
+    skipped = (first_row - block * size) * row_size // TILE
+    tiles = triton.cdiv(size * row_size, TILE)
+    last, rest = divmod(first_row + part.hi - part.lo - 1, size)
+    count = (last - block) * tiles + triton.cdiv((rest + 1) * row_size, TILE) - skipped
+    address = part.address if in_place else 0
+    copy = 0 if part.copy is None else part.copy.data_ptr()
+    number = grid.first_block + block
+    at = number, rows.numel(), block * size, size, tiles, row_size, first_row, skipped, part.noise.row_dim
+    return address, *at, copy, count
+
+
+def _tables(device: torch.device, weights: Sequence[tuple[int, ...]], scales: Sequence[int]) -> list[Tensor]:
+    """The table of some weights with so many scales each, and which of them each tile belongs to."""
+    rows, tile, scale = [], 0, 0
+    for (address, *at, copy, count), size in zip(weights, scales, strict=True):
+        rows.append([address, scale, tile, *at, copy])
+        tile, scale = tile + count, scale + size
+    with torch.inference_mode(False):
+        table = torch.tensor(rows, dtype=torch.int64, device=device)
+        counts = torch.tensor([count for *_, count in weights], device=device)
+        entries = torch.arange(len(weights), dtype=torch.int32, device=device)
+        return [table, entries.repeat_interleave(counts, output_size=tile)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _only(device: torch.device, weight: tuple[int, ...]) -> list[Tensor]:
+    return _tables(device, [weight], [0])
+
+
+_batches: WeakValueDictionary[tuple[Any, ...], _Batch] = WeakValueDictionary()
+
+
+def _batch_of(parts: Sequence[Part]) -> _Batch:
+    """The one for these weights, which is kept by whoever has perturbed them last."""
+    first = parts[0]
+    weights = tuple(_description(each, in_place=True) for each in parts)
+    scales = tuple(len(each.noise.scales) for each in parts)
+    key = first.rows.device, first.rows.dtype, first.keep, weights, scales
+    batch = _batches.get(key)
+    if batch is None:
+        batch = _batches[key] = _Batch(*key)
+    return batch
+
+
+class _Batch:
+    """The weights of one device, dtype and way to restore, and what it takes to bring them back."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        keep: Keep,
+        weights: Sequence[tuple[int, ...]],
+        scales: Sequence[int],
+    ) -> None:
+        self._device, self._dtype, self._keep = device, dtype, keep
+        self._numel = sum(weight[2] for weight in weights)
+        self._spans: dict[int, tuple[int, int]] = {}  # of tiles, by the address of the weight
+        tiles = 0
+        for address, *_, count in weights:
+            self._spans[address] = tiles, count
+            tiles += count
+        self._tiles = tiles
+        self._table, self._entries = _tables(device, weights, scales)
+        with torch.inference_mode(False):
+            self._counts = torch.full((tiles,), -1, dtype=torch.int32, device=device)
+            self._starts = torch.zeros(tiles if keep is Keep.JOURNAL else 0, dtype=torch.int64, device=device)
+            self._control = torch.zeros(3, dtype=torch.int64, device=device)
+            self._counters = self._control[:2]
+            self._answer = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
+        self._asked: Any = None  # what tells whether the answer has come
+        self._is_measured = self._told = False
+        self._wanted = 0  # entries of the last step
+        self._positions = self._originals = torch.empty(0, dtype=torch.int16, device=device)
+        self._scales: Tensor = self._control
+        self._words = 0, 0, 0, 0
+        self._stream = _stream(device)
+
+    @property
+    def nbytes(self) -> int:
+        tensors = self._table, self._entries, self._counts, self._starts, self._positions, self._originals
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def share(self) -> int:
+        """Memory for each of the weights."""
+        return self.nbytes // len(self._spans)
+
+    def perturb(self, parts: Sequence[Part]) -> None:
+        with _on(self._device):
+            if self._keep is Keep.JOURNAL:
+                self._learn()
+                self._reserve()
+                self._counters.zero_()
+            self._scales = _joined([each.noise.scales for each in parts])
+            self._words = parts[0].noise.key.words
+            for each in parts:
+                # Known before it is true: the device can be asked to restore what carries no noise.
+                each.memory, each.is_perturbed = self, True
+                increment_version(each.rows)  # autograd is to see that the weight was written
+            self._perturb()
+            if self._keep is Keep.JOURNAL and not self._is_measured:
+                self._make_up()
+            elif self._keep is Keep.JOURNAL:
+                self._ask()
+
+    def restore(self, parts: Sequence[Part]) -> None:
+        with _on(self._device):
+            for each in parts:
+                increment_version(each.rows)
+            if len(parts) == len(self._spans):
+                self._restore(0, self._tiles)
+            else:
+                for each in parts:
+                    self._restore(*self._spans[each.address])
+            for each in parts:
+                each.is_perturbed = False
+            self._learn()
+
+    def restore_copy(self, part: Part, copy: Tensor) -> None:
+        with _on(self._device):
+            self._restore(*self._spans[part.address], copy.data_ptr())
+
+    def forget(self, part: Part) -> None:
+        first, count = self._spans[part.address]
+        self._counts[first : first + count] = -1
+
+    def _perturb(self) -> None:
+        journal = self._positions, self._originals, self._starts, self._counts, self._control
+        self._launch(jit.perturb_kernel, 0, 0, journal, self._tiles, BITS=_BITS[self._dtype.itemsize])
+
+    def _restore(self, first: int, tiles: int, elsewhere: int = 0) -> None:
+        journal = self._positions, self._originals, self._starts, self._counts
+        self._launch(jit.restore_kernel, first, elsewhere, journal, tiles)
+
+    def _launch(
+        self, kernel: Any, first: int, elsewhere: int, journal: Sequence[Tensor], tiles: int, **options: Any
+    ) -> None:
+        if _stream(self._device) != self._stream:
+            for tensor in (self._table, self._entries, self._scales, *journal):
+                tensor.record_stream(_stream(self._device))
+        where = self._table, self._entries, first, elsewhere
+        keep = _KEEP[self._keep]
+        _launch(kernel, self._dtype, where, self._scales, self._words, journal, tiles, KEEP=keep, **options)
+
+    def _reserve(self, kept: int = 0) -> None:
+        """Makes room for the journal, if what there is may not be enough.
+
+        Args:
+            kept: Entries of this step that stay.
+        """
+        known, room = len(self._positions), self._numel * _ROOM[self._dtype.itemsize]
+        if known and not kept and self._wanted * 1.2 <= known:
+            return
+        if known:
+            room = self._wanted * (1.25 if kept else 1.5)
+        room = min(int(room), self._numel) + 2 * TILE  # what a tile that finds no room leaves behind it
+        before = self._positions[:kept], self._originals[:kept]
+        if not kept:  # first what there was, then the new
+            self._positions = self._originals = self._positions[:0]
+        with torch.inference_mode(False):
+            self._positions = torch.empty(room, dtype=torch.int16, device=self._device)
+            bits = _INTEGERS[self._dtype.itemsize]
+            self._originals = torch.empty(room, dtype=bits, device=self._device)
+        if kept:
+            self._positions[:kept], self._originals[:kept] = before
+        self._control.copy_(torch.tensor([kept, 0, room]), non_blocking=True)
+
+    def _make_up(self) -> None:
+        """Waits once, when the room for the journal is new, and puts the noise on tiles that found none."""
+        self._wanted, lost, room = read(self._control)
+        self._is_measured = True
+        if lost:
+            self._reserve(room)
+            self._perturb()
+
+    def _ask(self) -> None:
+        """Has the device tell how much room was needed, without waiting for it."""
+        self._answer.copy_(self._control, non_blocking=True)
+        self._asked = torch.cuda.Event() if self._device.type == "cuda" else True
+        if self._asked is not True:
+            self._asked.record()
+
+    def _learn(self) -> None:
+        if self._asked is None or not (self._asked is True or self._asked.query()):
+            return
+        self._asked = None
+        self._wanted, lost, room = self._answer.tolist()
+        if lost and not self._told:
+            self._told = True
+            warnings.warn(
+                f"the journal had room for {room} of {self._wanted} entries, so that a share of "
+                f"{lost / self._tiles:.2%} of the weights went without noise in this step: sigma or the "
+                "weights have changed. There will be more room at the next step",
+                stacklevel=2,
+            )
+
+
+def _joined(scales: Sequence[Tensor]) -> Tensor:
+    """All scales, one after another: they are where they are, if they lie like that."""
+    place = scales[0].data_ptr()
+    for each in scales:
+        if each.data_ptr() != place or not each.is_contiguous():
+            return torch.cat(list(scales))
+        place += each.numel() * 4
+    return scales[0]
+
+
+def _launch(
+    kernel: Any,
+    like: Tensor | torch.dtype,
+    where: Sequence[Any],
+    scales: Tensor,
+    words: Sequence[int],
+    journal: Sequence[Any],
+    tiles: int,
+    **options: Any,
+) -> None:
+    dtype = like if isinstance(like, torch.dtype) else like.dtype
+    with _on(scales.device):
+        kernel[(tiles,)](
+            *where, scales, *map(_signed, words), *journal,
+            DTYPE=_DTYPES[dtype], REGULAR=False, TILE=TILE, **options, **_EXACT,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------ norms
+
+
+def norm_increases(products: Sequence[Product]) -> list[Tensor]:
+    sizes = [product.rows for product in products]
+    out = torch.empty(sum(sizes), dtype=torch.float32, device=products[0].weight.device)
+    with _on(out.device):
+        places = dict(zip(map(id, products), _starts_of(sizes), strict=True))
+        for some in _grouped(products, _kind_of_product):
+            if (kind := _kind_of_product(some[0])) is not None:
+                _norm_increases(kind, some, [places[id(product)] for product in some], out)
+    increases = list(out.split(sizes))
+    for product, increase in zip(products, increases, strict=True):
+        if _kind_of_product(product) is None:
+            increase.copy_(plain.norm_increase(product))
+    return increases
+
+
+def _kind_of_product(product: Product) -> tuple[Any, ...] | None:
+    """What one launch has in common; None for what the kernel can't read."""
+    dtypes = tuple(_DTYPES.get(each.dtype) for each in product[:3])
+    if None in dtypes or not product.weight.is_contiguous():
+        return None
+    return (*dtypes, product.row_dim)
+
+
+def _norm_increases(
+    kind: tuple[Any, ...], products: Sequence[Product], at: Sequence[int], out: Tensor
+) -> None:
+    weights = tuple(_describe_product(product, first) for product, first in zip(products, at, strict=True))
+    table, entries, factors = _norm_tables(out.device, weights, tuple(p.scaling for p in products))
+    rank = max(product.right.shape[0] for product in products)
+    ranks = min(_MOST_RANKS, max(16, triton.next_power_of_2(rank)))
+    jit.norms_kernel[(len(entries),)](
+        table, entries, factors, out,
+        DTYPE=kind[0], LEFT=kind[1], RIGHT=kind[2], FACTORS=_factors(out.device), TRANSPOSED=bool(kind[3]),
+        RANK=ranks, IS_ONE=rank <= ranks, ROWS=_ROWS, COLUMNS=_COLUMNS,
+    )  # fmt: skip
+
+
+def _describe_product(product: Product, first: int) -> tuple[int, ...]:
+    weight, left, right = product[:3]
+    rows, columns = product.rows, product.columns
+    stride = rows if product.row_dim else columns
+    addresses = weight.data_ptr(), right.data_ptr(), left.data_ptr()
+    return *addresses, rows, columns, right.shape[0], stride, *right.stride(), *left.stride(), first
+
+
+@functools.lru_cache(maxsize=64)
+def _norm_tables(
+    device: torch.device, weights: tuple[tuple[int, ...], ...], scalings: tuple[float, ...]
+) -> list[Tensor]:
+    tiles = [triton.cdiv(rows, _ROWS) for _, _, _, rows, *_ in weights]
+    rows = [
+        [*weight[:3], tile, *weight[3:], 0, 0, 0]
+        for weight, tile in zip(weights, _starts_of(tiles), strict=True)
+    ]
+    with torch.inference_mode(False):
+        entries = torch.arange(len(weights), dtype=torch.int32, device=device)
+        counts = torch.tensor(tiles, device=device)
+        return [
+            torch.tensor(rows, dtype=torch.int64, device=device),
+            entries.repeat_interleave(counts, output_size=sum(tiles)),
+            torch.tensor(scalings, dtype=torch.float32, device=device),
+        ]
+
+
+@functools.cache
+def _factors(device: torch.device) -> Any:
+    """What matrix products are made of."""
+    is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return tl.float32 if is_old or interprets_triton() else tl.bfloat16
+
+
+# ------------------------------------------------------------------------ probes
+
+
+def probes(weights: Sequence[Tensor]) -> Tensor:
+    device = weights[0].device
+    out = torch.empty(len(weights), dtype=torch.int64, device=device)
+    with _on(device):
+        jit.probe_kernel[(len(weights),)](
+            _probed(device, tuple(map(_describe_probes, weights))), out, num_warps=1
+        )
+    return out
+
+
+def _describe_probes(weight: Tensor) -> tuple[int, int, int, int]:
+    numel, width = weight.numel(), weight.element_size()
+    stride = max(1, numel // plain.PROBES)
+    if not weight.is_contiguous():
+        numel, stride = weight.shape[0], weight.stride(0)
+    return weight.data_ptr(), stride, min(plain.PROBES, numel), width
+
+
+@functools.lru_cache(maxsize=64)
+def _probed(device: torch.device, weights: tuple[tuple[int, ...], ...]) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(weights, dtype=torch.int64, device=device)
+
+
+# ------------------------------------------------------------------------ helpers
+
+
+def _signed(word: int) -> int:
+    """The 32 bits as a signed integer: Triton would make other kernels for larger ones."""
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def _grouped(items: Iterable[T], kind: Callable[[T], object]) -> Iterator[list[T]]:
+    groups: dict[object, list[T]] = {}
+    for item in items:
+        groups.setdefault(kind(item), []).append(item)
+    yield from groups.values()
+
+
+def _starts_of(sizes: Iterable[int]) -> list[int]:
+    starts, start = [], 0
+    for size in sizes:
+        starts.append(start)
+        start += size
+    return starts
+
+
+def _stream(device: torch.device) -> Any:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
     """Triton launches on the current device."""
-    return torch.cuda.device_of(tensor)
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        yield

@@ -75,12 +75,12 @@ def plot_slice_1d(
     if sigma is not None:
         for side in (-sigma, sigma):
             ax.axvline(side, color="gray", linestyle=":", linewidth=1.5)
-        ax.annotate(
-            r"$\pm\sigma$",
-            (sigma, 1),
-            (3, -3),
-            ("data", "axes fraction"),
-            "offset points",
+        ax.text(
+            sigma,
+            0.98,
+            r"$\pm\sigma$ ",
+            transform=ax.get_xaxis_transform(),
+            ha="right",
             va="top",
             fontsize=12,
         )
@@ -106,7 +106,7 @@ def plot_slice_2d(
         planes: Of one model, or of several by their names: then side by side, with the same levels and
             colours, so that they can be compared.
         axes: As many as there are planes.
-        levels: About how many contour lines.
+        levels: How many steps of 1, 2, 5, 10, … up to the largest rise.
 
     Returns:
         The axes, a list of them for several planes.
@@ -117,15 +117,16 @@ def plot_slice_2d(
     panels = list(axes) if isinstance(axes, Sequence) else [axes]
     if len(panels) != len(named):
         raise ValueError(f"{len(named)} planes need as many axes, got {len(panels)}")
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.colors import BoundaryNorm
 
     rises = {label: (plane.losses - plane.at_minimum).T for label, plane in named.items()}
-    least, most = min(float(z.min()) for z in rises.values()), max(float(z.max()) for z in rises.values())
-    steps = MaxNLocator(levels).tick_values(least, most)
+    steps = _levels(
+        min(float(z.min()) for z in rises.values()), max(float(z.max()) for z in rises.values()), levels
+    )
     for panel, (label, plane) in zip(panels, named.items(), strict=True):
         at, z = plane.coordinates.numpy(), rises[label].numpy()
         # Rows of `losses` belong to the first direction, which is drawn along x.
-        filled = panel.contourf(at, at, z, levels=steps, cmap="viridis")
+        filled = panel.contourf(at, at, z, levels=steps, norm=BoundaryNorm(steps, 256))
         panel.clabel(panel.contour(at, at, z, levels=steps, colors="white", linewidths=1), fontsize=10)
         panel.plot(0, 0, "+", color="white", markersize=10)
         panel.set(title=label, xlabel="direction 1", ylabel="direction 2", aspect="equal")
@@ -133,6 +134,14 @@ def plot_slice_2d(
     bar = panels[0].figure.colorbar(filled, ax=panels)
     bar.set_label(INCREASE, fontsize=13)
     return panels[0] if isinstance(planes, Slice2D) else panels
+
+
+def _levels(least: float, most: float, count: int) -> list[float]:
+    """Steps of 1, 2, 5, 10, …, so that flat and steep models can be told apart."""
+    power = math.floor(math.log10(most)) if most > 0 else 0
+    round_numbers = (m * 10.0**k for k in range(power, power - count, -1) for m in (5, 2, 1))
+    between = [x for x in round_numbers if max(least, 0.0) < x < most][:count]
+    return [min(least, 0.0), *reversed(between), most if most > 0 else 1.0]
 
 
 def _over_models(estimates: Sequence[ExpectedLoss]) -> tuple[float, float]:

@@ -122,7 +122,7 @@ class Surroundings:
     def hessian(self) -> Hessian:
         """
         Raises:
-            ValueError: Autograd can't have it.
+            ValueError: Autograd can't differentiate the loss twice.
         """
         if reason := self.why_no_hessian():
             raise ValueError(f"{reason}. hessian_trace(method='differences') works for it")

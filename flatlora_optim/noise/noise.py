@@ -131,5 +131,5 @@ class Noise:
     @torch.no_grad()
     def add_to(self, weight: Tensor) -> Tensor:
         """Adds the noise in place, in float32, rounding once to the weight's dtype."""
-        kernels.perturb(kernels.parts_of(weight, self))
+        kernels.add(kernels.parts_of(weight, self))
         return weight

@@ -36,8 +36,7 @@ class NoiseTable:
 
     Args:
         size: Numbers in the table, a multiple of 64, and at least four of the largest blocks. By
-            default 2**22 on the CPU (16 MiB, which stays in a last-level cache) and 2**25 on
-            accelerators.
+            default 2**22 (16 MiB, which stays in a last-level cache).
     """
 
     def __init__(self, size: int | None = None) -> None:
@@ -81,8 +80,17 @@ class NoiseTable:
         ]
         return table, starts
 
+    def check_device(self, device: torch.device) -> None:
+        """Raises ValueError for weights that are not on the CPU."""
+        if device.type != "cpu":
+            raise ValueError(
+                f"a noise table is for weights on the CPU: to read a number takes {device.type!r} as long as "
+                "to make it. Use noise='gaussian'"
+            )
+
     def _table(self, key: NoiseKey, device: torch.device) -> Tensor:
         """The table as it stands at this step, whichever step was asked for before."""
+        self.check_device(device)
         known = self._tables.get(device)
         if known is not None and known[0] == key:
             return known[1]
@@ -91,8 +99,7 @@ class NoiseTable:
             if known is not None and known[0] == key:
                 return known[1]
             if known is None:
-                size = self._size or (1 << 22 if device.type == "cpu" else 1 << 25)
-                table = lasting_empty((size,), torch.float32, device)
+                table = lasting_empty((self._size or 1 << 22,), torch.float32, device)
             else:
                 table = known[1]
             self._tables.pop(device, None)

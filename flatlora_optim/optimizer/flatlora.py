@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..noise import Noise, NoiseKey, NoiseSource, noise_source
+from ..noise import Noise, NoiseKey, NoiseSource, NoiseTable, noise_source
 from ..perturbation import RESTORE_MODES, NoisyWeights, choose_perturbations
 from ..targets import Target, sharding
 from . import diagnostics, hooks, other_steps
@@ -121,6 +121,9 @@ class FlatLoRAOptimizer(Adoption):
         optimized = {id(p) for group in base.param_groups for p in group["params"]}
         own_sigma = [group.get(SIGMA, sigma) not in (0, sigma) for group in base.param_groups]
         perturbations, found = choose_perturbations(model, optimized, mode, restore)
+        if isinstance(source, NoiseTable):
+            for perturbation in perturbations:
+                source.check_device(perturbation.target.weight.device)
 
         # Nothing has been changed up to here, and nothing below fails.
         for other in hooks.attached_optimizers(model):
@@ -130,7 +133,7 @@ class FlatLoRAOptimizer(Adoption):
                 other.close()
         super().__init__(base, initial, schedule)
         self._model = model
-        self.skipped = found.skipped
+        self.skipped = {**found.skipped, **found.unrecognized}
         """Adapter layers that are not perturbed, and why."""
         self._source = source
         self._options = {
@@ -153,7 +156,7 @@ class FlatLoRAOptimizer(Adoption):
         if auto:
             handles += hooks.hook_forwards(self, model)
         self._finalizer = weakref.finalize(self, hooks.release, perturbations, handles)
-        if found.skipped:
+        if self.skipped:
             warnings.warn(f"Flat-LoRA leaves these adapters unperturbed:\n{found.report()}", stacklevel=2)
         for complaint in diagnostics.complaints_of_build(model, self.targets, self.param_groups, own_sigma):
             warnings.warn(complaint, stacklevel=2)
@@ -168,8 +171,8 @@ class FlatLoRAOptimizer(Adoption):
 
     @property
     def expects_steps(self) -> bool:
-        """Whether a step of the adapters by somebody else would be a mistake, as noise is on, or comes by itself.
-        Inside of ``perturbed()``, with ``auto=False``, it is the user's own affair."""
+        """Whether a step of the adapters by somebody else would be a mistake, as noise is on, or comes by
+        itself. Inside of ``perturbed()``, with ``auto=False``, it is the user's own affair."""
         if self._options["auto"]:
             return self._peak_sigma > 0
         return any(self._noises or ()) and not self._forwards.explicit
@@ -263,6 +266,19 @@ class FlatLoRAOptimizer(Adoption):
             yield
         finally:
             self._weights.resume(suspension)
+
+    @contextmanager
+    def recomputed(self) -> Iterator[None]:
+        """A block for losses that embed twice, as GradCache and the cached losses of sentence-transformers:
+        at first without gradients, then once more inside of ``backward()``.
+
+        Training forwards see noise in it also under ``no_grad``, so that both passes see the same.
+        """
+        before, self._forwards.are_recomputed = self._forwards.are_recomputed, True
+        try:
+            yield
+        finally:
+            self._forwards.are_recomputed = before
 
     def _put_noise_on(self) -> None:
         noises = self._draw()
@@ -392,12 +408,8 @@ class FlatLoRAOptimizer(Adoption):
     def metrics(self) -> dict[str, float]:
         """For loggers: the current step's ``sigma`` and ``noise_norm`` (expected Frobenius norm, over all
         weights; 0 before the step's first perturbation), and the ``seconds`` spent on noise so far."""
-        squared = sum(
-            float(noise.scales.double().square().sum()) * target.weight.columns
-            for noise, target in zip(self._noises or [], self.targets, strict=False)
-            if noise is not None
-        )
-        return {"sigma": self.sigma, "noise_norm": squared**0.5, "seconds": self._weights.seconds}
+        norm = self._weights.noise_norm(self._noises or [])
+        return {"sigma": self.sigma, "noise_norm": norm, "seconds": self._weights.seconds}
 
     def memory(self) -> int:
         """Bytes held right now to be able to restore (journals or snapshots)."""

@@ -48,6 +48,8 @@ class Forwards:
         self._warned_of_sharded = False
         self.in_transform = False
         """Whether a forward of this step ran inside of ``torch.func``."""
+        self.are_recomputed = False
+        """Whether backward will run those forwards again that record no gradients now."""
 
     def begins(self, module: nn.Module) -> None:
         """To be called before the forward of an entrance: it finds noise, or clean weights."""
@@ -176,8 +178,8 @@ class Forwards:
         return False
 
     def _records(self) -> bool:
-        """Whether gradients are recorded, or will be by the recomputation of reentrant checkpointing."""
-        return torch.is_grad_enabled() or _in_autograd_function()
+        """Whether gradients are recorded, or will be by a recomputation."""
+        return torch.is_grad_enabled() or self.are_recomputed or _in_autograd_function()
 
     def _trains(self) -> bool:
         return any(True for target in self._weights.targets for _ in target.all_parameters())

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.part import Part
+from ..kernels.seal import Seal
 from ..noise import Noise
 from ..targets import Target
+from ..targets.sharding import local_part
 
 
 class Perturbation:
@@ -56,15 +58,17 @@ class Perturbation:
         """A copy of ``W`` as it was before ``apply``, if ``written`` holds something else."""
         return None
 
-    def seal(self) -> None:
-        """Takes note of the perturbed weight, for ``changed`` to compare with."""
+    def seal(self, seal: Seal, number: int) -> None:
+        """Takes note of the perturbed weight, for ``changed`` to compare with: it is the one of this number
+        in the seal."""
 
-    def changed(self) -> bool | Tensor:
-        """Whether somebody else wrote the weight since ``seal``.
+    def sealed(self) -> tuple[Seal, int] | None:
+        """What ``seal`` was told, if there is anything that it can tell."""
+        return None
 
-        On an accelerator the answer stays there, so that many targets can be checked at the price of
-        one synchronization.
-        """
+    def changed(self) -> bool:
+        """Whether somebody else replaced or wrote the weight since ``seal``, as far as that can be told
+        without looking at its elements."""
         return False
 
     def leave_merged(self) -> bool:
@@ -94,15 +98,35 @@ def apply_all(perturbations: Sequence[Perturbation], noises: Sequence[Noise | No
     kernels.perturb([part for p, noise in pairs if noise is not None for part in p.apply(noise)])
 
 
+@torch.no_grad()
+def seal_all(perturbations: Sequence[Perturbation]) -> None:
+    """Takes note of the perturbed weights: from here on, a write by anybody else is noticed."""
+    tensors = [(p, tensor) for p in perturbations if (tensor := p.written()) is not None]
+    seal = Seal([local_part(tensor) for _, tensor in tensors])
+    for number, (perturbation, _) in enumerate(tensors):
+        perturbation.seal(seal, number)
+
+
+@torch.no_grad()
+def changed_among(perturbations: Sequence[Perturbation]) -> list[Perturbation]:
+    """Those whose weights somebody else has written. The device is asked once for all of them."""
+    changed = {i for i, perturbation in enumerate(perturbations) if perturbation.changed()}
+    by_seal: dict[Seal, dict[int, int]] = {}
+    for i, perturbation in enumerate(perturbations):
+        if i not in changed and (sealed := perturbation.sealed()) is not None:
+            by_seal.setdefault(sealed[0], {})[sealed[1]] = i
+    for seal, numbers in by_seal.items():
+        changed.update(numbers[number] for number in seal.broken(numbers))
+    return [perturbations[i] for i in sorted(changed)]
+
+
 def forget_changed(perturbations: Sequence[Perturbation]) -> list[Perturbation]:
     """Leaves weights that somebody else has written to them, and returns whose they are.
 
     From a weight that an adapter was merged into, the noise is subtracted: nothing else is lost of it.
     """
-    answers = [perturbation.changed() for perturbation in perturbations]
-    changed = [perturbation for perturbation, answer in zip(perturbations, answers, strict=True) if answer]
     left = []
-    for perturbation in changed:
+    for perturbation in changed_among(perturbations):
         if not perturbation.leave_merged():
             left.append(perturbation)
         perturbation.forget()

@@ -34,6 +34,8 @@ def choose_perturbations(
     for target in found.targets:
         try:
             perturbation = choose_perturbation(target, mode, restore)
+            if isinstance(perturbation, VirtualPerturbation):
+                _check_fused(model, target)
             for sharing in target.sharing:
                 sharing.check()
             perturbations.append(perturbation)
@@ -52,6 +54,23 @@ def choose_perturbations(
             f"the base optimizer.{skipped}"
         )
     return perturbations, found
+
+
+def _check_fused(model: nn.Module, target: Target) -> None:
+    """Raises UnsupportedAdapterError if the layer's forward is passed over by a fused kernel.
+
+    unsloth and Axolotl put such kernels into attention and MLP modules: they read the packed weights.
+    """
+    parent, _, own = target.name.rpartition(".")
+    module = model.get_submodule(parent)
+    place = "apply_o" if own.startswith("o") else "apply_qkv"
+    for kernel in (module.__dict__.get("forward"), module.__dict__.get(place)):
+        name = getattr(kernel, "__name__", "")
+        if name.startswith("apply_lora"):
+            raise UnsupportedAdapterError(
+                f"a fused kernel ({name}) of {parent} reads its weight past its forward, where the noise is; "
+                "switch that kernel off"
+            )
 
 
 def _why_not_optimized(target: Target, optimized: set[int]) -> str | None:

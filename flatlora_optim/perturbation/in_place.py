@@ -15,13 +15,14 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ..kernels import kernels_of, parts_of
+from ..kernels import parts_of
 from ..kernels.part import Keep, Part, visit
+from ..kernels.seal import Seal
 from ..kernels.threads import lasting_empty
 from ..noise import Noise
 from ..targets import DenseWeight, Target
 from ..targets.sharding import like, local_part, place_of
-from .base import Perturbation
+from .base import Perturbation, changed_among
 
 RESTORE_MODES = {"exact": Keep.JOURNAL, "snapshot": Keep.COPY, "subtract": Keep.NOTHING}
 
@@ -53,7 +54,8 @@ class InPlace(Perturbation):
         self._noise: Noise | None = None
         self._parts: Sequence[Part] = ()
         self._copy: Tensor | None = None
-        self._seal: tuple[int, Any] | None = None
+        self._seal: tuple[int, Seal, int] | None = None
+        self._memory: Any = None
 
     def apply(self, noise: Noise) -> Sequence[Part]:
         tensor = self._weight.tensor
@@ -96,25 +98,26 @@ class InPlace(Perturbation):
 
     def nbytes(self) -> int:
         copied = 0 if self._copy is None else self._copy.numel() * self._copy.element_size()
-        return copied + sum(part.nbytes for part in self._parts)
+        kept = 0 if self._memory is None else self._memory.share
+        return int(copied + kept + sum(part.nbytes for part in self._parts))
 
-    def seal(self) -> None:
+    def seal(self, seal: Seal, number: int) -> None:
         if self._tensor is not None:
-            self._seal = self._sealed(self._tensor)
+            # A merge through `.data` does not change the version, but elements.
+            self._seal = self._weight.version, seal, number
+        self._memory = self._parts[0].memory if self._parts else None
 
-    def changed(self) -> bool | Tensor:
+    def sealed(self) -> tuple[Seal, int] | None:
+        return None if self._seal is None else self._seal[1:]
+
+    def changed(self) -> bool:
         if self._tensor is None or self._seal is None:
             return False
         tensor = getattr(self._weight, "tensor", None)
         # A merge of a B that is still zero changes no element, but means to.
         if tensor is None or place_of(tensor) != self._place or self.target.merged:
             return True
-        version, probes = self._seal
-        version_now, probes_now = self._sealed(self._tensor)
-        if version_now != version:
-            return True
-        differs: bool | Tensor = probes_now != probes
-        return differs.any() if isinstance(differs, Tensor) else differs
+        return self._weight.version != self._seal[0]
 
     @torch.no_grad()
     def leave_merged(self) -> bool:
@@ -141,11 +144,6 @@ class InPlace(Perturbation):
             # Kept between steps: faulting in fresh pages costs more than the copy.
             self._copy = lasting_empty(local.shape, local.dtype, local.device)
 
-    def _sealed(self, tensor: Tensor) -> tuple[int, Any]:
-        """Version and a few elements: a merge through ``.data`` changes only the latter."""
-        local = local_part(tensor)
-        return self._weight.version, kernels_of(local.device).probes(local)
-
 
 def change_noticed(changed: Sequence[Perturbation]) -> WeightChangedError:
     """What to tell of perturbations whose weights somebody else has written."""
@@ -169,7 +167,7 @@ def clean_copy(tensor: Tensor) -> Tensor | None:
         carrier = next((each for each in others if each is not None and each.written() is tensor), None)
     if carrier is None or (written := carrier.written()) is None or not _same_elements(written, tensor):
         return None
-    if carrier.changed():
+    if changed_among([carrier]):
         if carrier.leave_merged():
             carrier.forget()
             return None

@@ -11,6 +11,7 @@ They are in one of three states:
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..kernels import kernels_of
+from ..kernels.part import read
 from ..noise import Noise, NoiseKey, NoiseSource
 from ..targets import DenseWeight, Target, sharding
 from ..targets.scales import RowNorms, merged_norms, row_scales
 from ..targets.sharding import local_part
-from .base import Perturbation, apply_all, forget_changed, remove_all
+from .base import Perturbation, apply_all, forget_changed, remove_all, seal_all
 from .in_place import change_noticed
 from .virtual import VirtualPerturbation
 
@@ -175,6 +177,16 @@ class NoisyWeights:
                     stacklevel=2,
                 )
 
+    def noise_norm(self, noises: Sequence[Noise | None]) -> float:
+        """The expected Frobenius norm over all weights. Waits once for each device."""
+        squared = 0.0
+        present = [(noise, t.weight.columns) for noise, t in zip(noises, self.targets, strict=False) if noise]
+        for device in {noise.scales.device for noise, _ in present}:
+            there = [(noise.scales, columns) for noise, columns in present if noise.scales.device == device]
+            norms = read(torch.stack(torch._foreach_norm([scales for scales, _ in there])))
+            squared += sum(norm**2 * columns for norm, (_, columns) in zip(norms, there, strict=True))
+        return math.sqrt(squared)
+
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that in-place noise is written to."""
         for perturbation in self.perturbations:
@@ -191,9 +203,7 @@ class NoisyWeights:
             with self.timed():
                 apply_all(self.perturbations, self._noises)
             versions.close()
-            # From here on, a write by anybody else is noticed.
-            for perturbation in self.perturbations:
-                perturbation.seal()
+            seal_all(self.perturbations)
         except BaseException:
             self.restore()
             raise

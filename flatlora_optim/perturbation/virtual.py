@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..kernels.part import Part
+from ..kernels.part import Part, refuse_capture
 from ..kernels.uncompiled import uncompiled
 from ..noise import Noise
 from ..targets import DenseWeight, FrozenWeight, Target, UnsupportedAdapterError
@@ -61,6 +61,7 @@ class VirtualPerturbation(Perturbation):
             if (noise := self._noise) is None:  # called by who replaced our forward by one around it
                 clean: Tensor = own(*args, **kwargs)
                 return clean
+            refuse_capture(self.target.weight.device)
             self.was_seen = True
             x = args[0] if args else next(iter(kwargs.values()))
             if instead is not None and getattr(own, "__func__", None) is type(module).forward:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .attributes import innermost_base_layer
 from .hand_written import HandWrittenLoRA
-from .libraries import LIBRARIES
+from .libraries import LIBRARIES, check_keras
 from .networks import Network
 from .peft import PeftAdditive, PeftLoRA, PeftParameter, unknown_method
 from .sharding import check_engine
@@ -55,9 +55,10 @@ def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lamb
 
     Raises:
         ValueError: A base weight is trainable or on the meta device, a registration is wrong, or
-            the model is in the hands of an engine that hides its weights (FSDP1, ZeRO-3).
+            the model is in the hands of an engine that hides its weights (FSDP1, ZeRO-3, Keras).
     """
     check_engine(model)
+    check_keras(model)
     found = Discovery()
     by_weight: dict[Hashable, Target] = {}
     for name, module in model.named_modules():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .attributes import find, is_set
 from .probe import complaint_of
-from .target import LowRank, Target, values_of
+from .target import LowRank, Target, factor_of, values_of
 from .weights import FrozenWeight, UnsupportedAdapterError, read_weight
 
 Delta = Callable[[Any], Any]
@@ -88,8 +88,8 @@ class HandWrittenLoRA(Target):
         assert parts.lora_A is not None
         assert parts.lora_B is not None
         scaling = _found(self.layer, parts.scaling) if isinstance(parts.scaling, str) else parts.scaling
-        left = values_of(_found(self.layer, parts.lora_B), device).flatten(1)
-        right = values_of(_found(self.layer, parts.lora_A), device).flatten(1)
+        left = factor_of(_found(self.layer, parts.lora_B), device).flatten(1)
+        right = factor_of(_found(self.layer, parts.lora_A), device).flatten(1)
         return self.low_rank(left, right, float(scaling.detach() if isinstance(scaling, Tensor) else scaling))
 
     def _checked(self, delta: str | Delta) -> LowRank | Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .attributes import has, is_set
 from .hand_written import HandWrittenLoRA, Registration
 from .probe import complaint_of
-from .target import LowRank, Target, values_of
+from .target import LowRank, Target, factor_of
 from .weights import UnsupportedAdapterError
 
 
@@ -166,7 +166,7 @@ class AdapterHubLinear(LibraryLayer):
     def delta(self) -> LowRank | Tensor | None:
         if (lora := self._active()) is None:
             return None
-        left, right = (values_of(factor, self.weight.device) for factor in (lora.lora_B, lora.lora_A))
+        left, right = (factor_of(factor, self.weight.device) for factor in (lora.lora_B, lora.lora_A))
         if not hasattr(lora, "lora_ind"):
             return self.low_rank(left, right, float(lora.scaling))
         slices = sum(lora.enable_lora)
@@ -174,6 +174,43 @@ class AdapterHubLinear(LibraryLayer):
         product = left.new_zeros(self.weight.rows, self.weight.columns)
         product[lora.lora_ind.to(left.device)] = rows
         return (product.T if self.weight.row_dim else product).reshape(self.weight.shape)
+
+
+class KerasDense(LibraryLayer):
+    """A Dense layer of Keras 3 on torch, whose kernel is stored (inputs, outputs)."""
+
+    MARKERS = ("lora_kernel_a", "lora_kernel_b", "lora_enabled", "_kernel")
+
+    @classmethod
+    def parts_of(cls, module: Any) -> Registration | None:
+        kernel = module._kernel
+        if len(kernel.shape) != 2 or not hasattr(module, "units"):
+            raise UnsupportedAdapterError(f"of Keras' layers only Dense is known, no {type(module).__name__}")
+        return Registration(
+            f"_torch_params.{kernel.path}",
+            delta=_keras_product,
+            parameters=("lora_kernel_a.value", "lora_kernel_b.value"),
+            transposed=True,
+        )
+
+
+def check_keras(model: nn.Module) -> None:
+    """Raises ValueError for a model of Keras 3 with LoRA, which keeps its layers to itself."""
+    for module in model.modules():
+        if hasattr(module, "_flatten_layers"):
+            layers = module._flatten_layers(include_self=False)  # type: ignore[operator]
+            if any(is_set(layer, "lora_enabled") for layer in layers):
+                raise ValueError(
+                    "Keras keeps its layers out of torch's module tree, and its training loop knows no torch "
+                    "optimizer. Give FlatLoRAOptimizer the layers that have LoRA, `nn.ModuleList([...])`, "
+                    "with auto=False, and use `with optimizer.perturbed():` in a `train_step` of your own"
+                )
+
+
+def _keras_product(module: Any) -> Tensor:
+    scaling = module.lora_alpha / module.lora_rank
+    product: Tensor = scaling * module.lora_kernel_a.value @ module.lora_kernel_b.value
+    return product
 
 
 def _merged_product(module: Any) -> Tensor | None:
@@ -198,5 +235,6 @@ LIBRARIES: list[type[Target]] = [
     LitgptLinear,
     TorchtuneLinear,
     AdapterHubLinear,
+    KerasDense,
 ]
 """The more special before those whose attributes they have, too."""

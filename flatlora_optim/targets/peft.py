@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attributes import has, innermost_base_layer, is_set
 from .sharding import gathered
-from .target import LowRank, Target, values_of
+from .target import LowRank, Target, factor_of, values_of
 from .weights import ExpertsWeight, UnsupportedAdapterError, is_plain, read_weight
 
 
@@ -70,7 +70,7 @@ class PeftLoRA(Target):
 
     def _product(self, adapter: str, a: Any, b: Any) -> LowRank:
         scaling = float(self.layer.scaling[adapter])
-        a, b = values_of(a, self.weight.device), values_of(b, self.weight.device)
+        a, b = factor_of(a, self.weight.device), factor_of(b, self.weight.device)
         if adapter in getattr(self.layer, "lora_embedding_A", ()):
             # Stored (tokens, dim) = A.T @ B.T: a row is what the layer outputs for one token.
             return self.low_rank(a.T, b.T, scaling)

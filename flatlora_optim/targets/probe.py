@@ -53,6 +53,9 @@ def complaint_of(target: Target) -> str | None:
             merged = (weight.tensor.float() + added).to(weight.tensor.dtype)
             with _reparametrize_module(owner, {weight.name: nn.Parameter(merged, requires_grad=False)}):
                 expected = forward(x) - other
+            if not expected.any():  # the layer has its weight by another way, as Keras' do
+                with _written(weight.tensor, merged):
+                    expected = forward(x) - other
         else:
             expected = _product(owner, x, added, weight.row_dim)
     actual, expected = (output - other).double().flatten(), expected.double().flatten()
@@ -130,6 +133,18 @@ def _randomize(parameters: Sequence[nn.Parameter], seed: int) -> None:
     for parameter in parameters:
         values = torch.randn(parameter.shape, generator=generator)
         parameter.copy_(values / max(1, parameter.shape[-1] if parameter.ndim else 1) ** 0.5)
+
+
+@contextmanager
+def _written(tensor: Tensor, values: Tensor) -> Iterator[None]:
+    """A block in which the tensor holds other values."""
+    before = tensor.clone()
+    with _unsafe_preserve_version_counter(tensor):
+        try:
+            tensor.copy_(values)
+            yield
+        finally:
+            tensor.copy_(before)
 
 
 @contextmanager

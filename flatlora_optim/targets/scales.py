@@ -97,9 +97,7 @@ def _squared_norms(rows: Sequence[RowNorms]) -> list[Tensor | None]:
     for kind, found in low_rank.items():
         indices, deltas = zip(*found, strict=True)
         weights = [rows[i].target.weight for i in indices]
-        lefts = torch._foreach_mul([delta.left for delta in deltas], [delta.scaling for delta in deltas])
-        rights = [delta.right for delta in deltas]
-        partial = kind.norm_increases(weights, list(zip(lefts, rights, strict=True)))
+        partial = kind.norm_increases(weights, deltas)
         torch._foreach_add_(partial, [rows[i].base_squared() for i in indices])
         for i, weight, local in zip(indices, weights, partial, strict=True):
             squared[i] = weight.sum_over_parts(local)
@@ -107,10 +105,12 @@ def _squared_norms(rows: Sequence[RowNorms]) -> list[Tensor | None]:
 
 
 def _batches(rows: Sequence[RowNorms]) -> Iterator[Sequence[RowNorms]]:
-    """Runs of weights small enough that the adapters' values in float32 don't count."""
+    """Runs of weights small enough that the adapters' values in float32 don't count: only the kernels of
+    accelerators read them as they are."""
     first = elements = 0
     for end, each in enumerate(rows, start=1):
-        elements += each.target.weight.shape.numel()
+        if each.target.weight.device.type == "cpu":
+            elements += each.target.weight.shape.numel()
         if elements >= _ELEMENTS_AT_ONCE or end == len(rows):
             yield rows[first:end]
             first, elements = end, 0
@@ -126,4 +126,7 @@ def row_scales(norms: Sequence[Tensor], sigmas: Sequence[float], columns: Sequen
         return []
     factors = [sigma / math.sqrt(max(1, n)) for sigma, n in zip(sigmas, columns, strict=True)]
     scales = torch._foreach_mul(list(norms), factors)
-    return [each.nan_to_num_(nan=0.0, posinf=0.0) for each in scales]
+    if len({each.device for each in scales}) > 1:
+        return [each.nan_to_num_(nan=0.0, posinf=0.0) for each in scales]
+    flat = torch.cat(list(scales)).nan_to_num_(nan=0.0, posinf=0.0)
+    return list(flat.split([len(each) for each in scales]))

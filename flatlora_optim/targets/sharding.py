@@ -22,9 +22,13 @@ def is_sharded(tensor: object) -> bool:
 
 
 def local_part(tensor: Any) -> Tensor:
-    """The part of the tensor that this process holds, without autograd history."""
-    tensor = tensor.detach()
-    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    """The part of the tensor that this process holds, without autograd history.
+
+    That may be the tensor itself: of hundreds of weights, each operation would be felt.
+    """
+    if is_sharded(tensor):
+        tensor = tensor.detach().to_local()
+    local: Tensor = tensor.detach() if tensor.requires_grad else tensor
     return local
 
 

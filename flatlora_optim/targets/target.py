@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from .attributes import is_set
-from .sharding import whole
+from .sharding import is_sharded, whole
 from .weights import FrozenWeight, UnsupportedAdapterError
 
 
 class LowRank(NamedTuple):
     """An adapter product ``scaling * left @ right``.
 
-    Shapes ``(m, r)`` and ``(r, n)``, float32, where ``m`` counts output neurons; of experts, with one more
-    dim in front.
+    Shapes ``(m, r)`` and ``(r, n)``, where ``m`` counts output neurons, of any floating dtype; of experts,
+    with one more dim in front.
     """
 
     left: Tensor
@@ -88,8 +88,8 @@ class Target:
             return deltas[0] if deltas else None
         products = [delta for delta in deltas if isinstance(delta, LowRank)]
         if len(products) == len(deltas):
-            left = torch.cat([term.left * term.scaling for term in products], -1)
-            return LowRank(left, torch.cat([term.right for term in products], -2), 1.0)
+            left = torch.cat([term.left.float() * term.scaling for term in products], -1)
+            return LowRank(left, torch.cat([term.right.float() for term in products], -2), 1.0)
         total = torch.zeros(self.weight.shape, device=self.weight.device)
         for delta in deltas:
             total += self.as_stored(delta)
@@ -99,7 +99,7 @@ class Target:
         """The product as a whole, of the weight's stored shape."""
         if isinstance(delta, Tensor):
             return delta
-        matrix = delta.scaling * delta.left @ delta.right
+        matrix = delta.scaling * delta.left.float() @ delta.right.float()
         return (matrix.mT if self.weight.row_dim else matrix).reshape(self.weight.shape)
 
     def check(self) -> None:
@@ -169,7 +169,16 @@ class Target:
         return f"{type(self).__name__}({self.name!r}, {self.weight.kind}, {tuple(self.weight.shape)})"
 
 
-def values_of(part: nn.Module | Tensor, device: torch.device) -> Tensor:
-    """A factor's values, float32, whole also where the parameter is sharded."""
+def factor_of(part: nn.Module | Tensor, device: torch.device) -> Tensor:
+    """A factor's values, whole also where the parameter is sharded; where possible, the parameter itself."""
     tensor: Tensor = part if isinstance(part, Tensor) else part.weight  # type: ignore[assignment]
-    return whole(tensor).to(device, torch.float32)
+    if is_sharded(tensor):
+        tensor = whole(tensor)
+    if tensor.requires_grad and torch.is_grad_enabled():
+        tensor = tensor.detach()
+    return tensor if tensor.device == device else tensor.to(device)
+
+
+def values_of(part: nn.Module | Tensor, device: torch.device) -> Tensor:
+    """The same in float32."""
+    return factor_of(part, device).float()

@@ -72,7 +72,7 @@ def _product(factors: list[nn.Parameter], frozen: list[nn.Parameter]) -> tuple[s
     """A and B among the factors, whose product fits a frozen weight or a slice of its rows."""
     matrices = [factor for factor in factors if factor.ndim == 2]
     for weight in frozen:
-        rows, columns = weight.shape[0], weight[0].numel()
+        rows, columns = weight.shape[0], weight.shape[1:].numel()
         for a, b in permutations(matrices, 2):
             for rank, inputs in (a.shape, a.shape[::-1]):
                 outputs = b.numel() // rank if rank in b.shape else 0

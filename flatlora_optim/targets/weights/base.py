@@ -14,8 +14,8 @@ from ...kernels.plain import increase_of_projected
 
 W = TypeVar("W", bound="FrozenWeight")
 
-Factors = tuple[Tensor, Tensor]
-"""``left`` and ``right`` of a low-rank product, shapes ``(rows, r)`` and ``(r, columns)``, float32."""
+Delta = tuple[Tensor, Tensor, float]
+"""``left``, ``right`` and ``scaling`` of a low-rank product, shapes ``(rows, r)`` and ``(r, columns)``."""
 
 
 class UnsupportedAdapterError(ValueError):
@@ -83,12 +83,14 @@ class FrozenWeight:
         return out
 
     @classmethod
-    def norm_increases(cls: type[W], weights: Sequence[W], factors: Sequence[Factors]) -> list[Tensor]:
-        """``||(W + left @ right)[i, :]||^2 - ||W[i, :]||^2`` of weights of this kind, shape ``(rows,)``."""
-        return [
-            increase_of_projected(weight.project(right), left, right)
-            for weight, (left, right) in zip(weights, factors, strict=True)
-        ]
+    def norm_increases(cls: type[W], weights: Sequence[W], deltas: Sequence[Delta]) -> list[Tensor]:
+        """``||(W + scaling * left @ right)[i, :]||^2 - ||W[i, :]||^2`` of weights of this kind, shape
+        ``(rows,)``."""
+        return [weight._norm_increase(*delta) for weight, delta in zip(weights, deltas, strict=True)]
+
+    def _norm_increase(self, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+        left, right = left.float() * scaling, right.float()
+        return increase_of_projected(self.project(right), left, right)
 
     def row_dots(self, other: Tensor) -> Tensor:
         """``<W[i, :], other[i, :]>`` for ``other`` of the stored shape: shape ``(rows,)``."""

@@ -13,7 +13,7 @@ from ...kernels import kernels_of
 from ...kernels.grid import Grid
 from ...kernels.plain import Product
 from ..sharding import is_sharded, local_part, place_of, region, sum_over_parts
-from .base import Factors, FrozenWeight
+from .base import Delta, FrozenWeight
 
 
 class DenseWeight(FrozenWeight):
@@ -59,22 +59,21 @@ class DenseWeight(FrozenWeight):
 
     @classmethod
     def norm_increases(  # type: ignore[override]
-        cls, weights: Sequence[DenseWeight], factors: Sequence[Factors]
+        cls, weights: Sequence[DenseWeight], deltas: Sequence[Delta]
     ) -> list[Tensor]:
         increases: list[Tensor] = []
-        for device, some in groupby(zip(weights, factors, strict=True), lambda pair: pair[0].device):
+        for device, some in groupby(zip(weights, deltas, strict=True), lambda pair: pair[0].device):
             pairs = list(some)
             products = [weight._product(*each) for weight, each in pairs]
             local = kernels_of(device).norm_increases(products)
             increases += [weight._of_all_rows(part) for (weight, _), part in zip(pairs, local, strict=True)]
         return increases
 
-    def _product(self, left: Tensor, right: Tensor) -> Product:
-        local = local_part(self.tensor).flatten(1)
+    def _product(self, left: Tensor, right: Tensor, scaling: float) -> Product:
         if not self.is_whole:
             rows, columns = self._region()
             left, right = left[rows], right[:, columns]
-        return local.T if self.row_dim else local, left, right
+        return Product(local_part(self.tensor), left, right, scaling, self.row_dim)
 
     def _of_all_rows(self, values: Tensor) -> Tensor:
         """Values for the rows of the local part, with zeros for the other rows."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ...kernels import kernels_of
 from ...kernels.grid import Grid
-from .base import Factors, fingerprint_of
+from ...kernels.plain import Product
+from .base import Delta, fingerprint_of
 from .dense import DenseWeight
 
 
@@ -67,15 +68,15 @@ class ExpertsWeight(DenseWeight):
 
     @classmethod
     def norm_increases(  # type: ignore[override]
-        cls, weights: Sequence[ExpertsWeight], factors: Sequence[Factors]
+        cls, weights: Sequence[ExpertsWeight], deltas: Sequence[Delta]
     ) -> list[Tensor]:
         """The factors have a leading dim of experts."""
         increases = []
-        for weight, (left, right) in zip(weights, factors, strict=True):
+        for weight, (left, right, scaling) in zip(weights, deltas, strict=True):
             matrices = weight.tensor.detach().view(weight.experts, -1, weight.shape[1])
-            if weight.row_dim:
-                matrices = matrices.mT
-            products = list(zip(matrices, left, right, strict=True))
+            products = [
+                Product(*each, scaling, weight.row_dim) for each in zip(matrices, left, right, strict=True)
+            ]
             increases.append(torch.cat(kernels_of(weight.device).norm_increases(products)))
         return increases
 

@@ -1,0 +1,103 @@
+"""Counts the machine instructions per element of the Triton kernels, without a GPU.
+
+python benchmarks/instructions.py                  # for sm_80, sm_90 and sm_100
+python benchmarks/instructions.py --capability 90
+
+Triton's own compiler makes the code and NVIDIA's disassembler, which comes with Triton, lists it. Counted
+is all of the code for tiles that are whole, with the few instructions that a program needs once and those
+that a rare case needs, over the elements that a thread has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flatlora_optim.kernels import jit
+from flatlora_optim.kernels import triton as kernels
+
+KERNELS = ("perturb", "restore", "norms", "probe", "fill")
+DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+BARS = {"perturb": 90, "restore": 80}
+
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+
+
+def compiled(kernel: str, dtype: str, capability: int, regular: bool = False) -> Any:
+    """The kernel for weights of this dtype, compiled for a GPU; ``regular`` leaves out what tiles need that
+    are not whole."""
+    words = dict.fromkeys(("key0", "key1", "step", "replica"), "i32")
+    where = {"table": "*i64", "entries": "*i32", "first": "i32", "elsewhere": "i64", "scales": "*fp32"}
+    bits = tl.int32 if dtype == "fp32" else tl.int16
+    journal = {
+        "positions": "*i16",
+        "originals": f"*i{bits.primitive_bitwidth}",
+        "starts": "*i64",
+        "counts": "*i32",
+    }
+    flags = {"DTYPE": DTYPES[dtype], "KEEP": jit.JOURNAL, "REGULAR": regular, "TILE": kernels.TILE}
+    options = dict(kernels._EXACT)
+    if kernel == "perturb":
+        arguments, constants = where | words | journal | {"control": "*i64"}, flags | {"BITS": bits}
+    elif kernel == "restore":
+        arguments, constants = where | words | journal, flags
+    elif kernel == "norms":
+        arguments = {"table": "*i64", "entries": "*i32", "factors": "*fp32", "out": "*fp32"}
+        constants = {"DTYPE": DTYPES[dtype], "LEFT": tl.float32, "RIGHT": tl.float32, "FACTORS": tl.bfloat16}
+        constants |= {"RANK": 16, "IS_ONE": regular, "TRANSPOSED": False, "ROWS": 64, "COLUMNS": 64}
+        options = {}
+    elif kernel == "probe":
+        arguments, constants, options = {"table": "*i64", "out": "*i64"}, {}, {"num_warps": 1}
+    else:
+        arguments = {"out": "*fp32", "numel": "i32"} | words | {"block": "i32"}
+        constants = {"TILE": kernels.TILE}
+    signature = arguments | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=getattr(jit, f"{kernel}_kernel"), signature=signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def instructions(binary: Any) -> list[str]:
+    """The names of all machine instructions."""
+    disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [str(disassembler), "-c", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [name for name in _INSTRUCTION.findall(listing) if name != "NOP"]
+
+
+def per_element(kernel: str, dtype: str, capability: int) -> float:
+    """Instructions that a thread executes for each element of a weight."""
+    elements = 64 * 64 if kernel == "norms" else kernels.TILE
+    found = instructions(compiled(kernel, dtype, capability, regular=True))
+    return len(found) * jit.THREADS.value / elements
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
+    print("| GPU | dtype | perturb, with journal | restore | norms at rank 16 |\n|---|---|---|---|---|")
+    for capability in parser.parse_args().capability:
+        for dtype in DTYPES:
+            counts = [per_element(kernel, dtype, capability) for kernel in ("perturb", "restore", "norms")]
+            print(
+                f"| sm_{capability} | {dtype} | {' | '.join(f'{count:.0f}' for count in counts)} |",
+                flush=True,
+            )
+    print(f"\nAim: at most {BARS['perturb']} in perturb and {BARS['restore']} in restore.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,519 @@
+"""The code of the Triton kernels: each is one launch over all weights of a device and dtype.
+
+A program works on one tile of one weight, which a table in the device's memory describes. The numbers
+are those of ``native.c``, to the bit: Philox-4x32-10 (Salmon et al. 2011), of whose four words none is
+thrown away, and a Box-Muller transform that consists of operations which IEEE 754 rounds one by one. So
+the kernels must be compiled without contraction (``enable_fp_fusion=False``).
+
+Where perturb and restore stand is known on the device alone, tile by tile: ``counts`` has -1 for a tile
+without noise, and else the number of its journal's entries. Both may be launched again at any time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .threads import interprets_triton
+
+INTERPRETED = tl.constexpr(interprets_triton())
+
+FIELDS = tl.constexpr(13)
+"""Numbers that an entry of the table has for its weight: see ``_described``."""
+
+NOTHING, JOURNAL, COPY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""What is kept of the clean weight."""
+
+CURSOR, LOST, CAPACITY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""Of the control block: entries that the journal was asked to hold, tiles that it had no room for, and
+the entries that there is room for."""
+
+THREADS = tl.constexpr(128)
+
+_CHUNK = tl.constexpr(256)  # entries of the journal that are put back at once
+
+# What is new at each call: no variant is to be compiled for its divisors.
+_STEP = ["first", "elsewhere", "key0", "key1", "step", "replica", "block"]
+
+
+@triton.jit
+def _philox(key0, key1, c0, c1, c2, c3):
+    """Ten rounds; the products of 64 bits are one instruction each."""
+    for _ in tl.static_range(10):
+        p = c0.to(tl.uint64) * 0xD2511F53
+        q = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (q >> 32).to(tl.uint32) ^ c1 ^ key0
+        c2 = (p >> 32).to(tl.uint32) ^ c3 ^ key1
+        c1 = q.to(tl.uint32)
+        c3 = p.to(tl.uint32)
+        key0 = (key0 + 0x9E3779B9).to(tl.uint32)
+        key1 = (key1 + 0xBB67AE85).to(tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _minus_two_ln(word):
+    """-2 ln((i + 1/2) / 2^31) of the upper 31 bits i: at most 44.4, for a Gaussian of up to 6.66."""
+    u = (word >> 1).to(tl.int32).to(tl.float32) + 0.5
+    shifted = u.to(tl.int32, bitcast=True) - 0x4EB504F3
+    e = (shifted >> 23).to(tl.float32)
+    f = ((shifted & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    p = f * -0.15277184 + 0.2582834
+    p = p * f - 0.26481686
+    p = p * f + 0.28360158
+    p = p * f - 0.33218252
+    p = p * f + 0.40004144
+    p = p * f - 0.5000317
+    p = p * f + 0.6666665
+    p = p * f - 0.99999976
+    p = p * f + 2.0
+    return -(p * f) - e * 1.38629436
+
+
+@triton.jit
+def _box_muller(radius, angle):
+    """Two Gaussians of two words."""
+    r = tl.sqrt_rn(_minus_two_ln(radius))
+    t = angle + 0x20000000
+    x = (angle << 2).to(tl.int32, bitcast=True).to(tl.float32) * 3.6572952e-10
+    y = x * x
+    s = y * -1.9503963e-4 + 8.3320364e-3
+    s = s * y - 1.6666651e-1
+    s = s * y + 1.0
+    s = s * x * r
+    c = y * 2.4379880e-5 - 1.3886619e-3
+    c = c * y + 4.1666616e-2
+    c = c * y - 0.5
+    c = c * y + 1.0
+    c = c * r
+    is_odd = (t & 0x40000000) != 0
+    z0 = tl.where(is_odd, s, c).to(tl.uint32, bitcast=True) ^ ((t + 0x40000000) & 0x80000000)
+    z1 = tl.where(is_odd, c, s).to(tl.uint32, bitcast=True) ^ (t & 0x80000000)
+    return z0.to(tl.float32, bitcast=True), z1.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _gaussians(key0, key1, step, replica, block, tile, TILE: tl.constexpr):
+    """The numbers of one tile of a block, in four planes; ``_places`` says where each belongs."""
+    call = (tile * (TILE // 4) + tl.arange(0, TILE // 4)).to(tl.uint32)
+    zero = call ^ call
+    w0, w1, w2, w3 = _philox(
+        key0.to(tl.uint32, bitcast=True),
+        key1.to(tl.uint32, bitcast=True),
+        call,
+        zero + block.to(tl.uint32),
+        zero + step.to(tl.uint32, bitcast=True),
+        zero + replica.to(tl.uint32, bitcast=True),
+    )
+    z0, z1 = _box_muller(w0, w1)
+    z2, z3 = _box_muller(w2, w3)
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def _places(TILE: tl.constexpr):
+    """Where the first plane's elements lie in a tile; the others follow 256, 512 and 768 later."""
+    call = tl.arange(0, TILE // 4)
+    return (call // 256) * 1024 + call % 256
+
+
+@triton.jit
+def _rounded_sum(w, eps, dtype: tl.constexpr):
+    """``round(w + eps)``; a finite float16 weight stays finite."""
+    total = w.to(tl.float32) + eps
+    if dtype == tl.float16:
+        finite = tl.abs(w.to(tl.float32)) <= 65504.0
+        clamped = tl.minimum(tl.maximum(total, -65504.0), 65504.0)
+        total = tl.where(finite, clamped, total)
+    if dtype == tl.bfloat16 and INTERPRETED:  # which would truncate
+        bits = total.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nearest = tl.where(total == total, nearest, 0x7FC0)  # it could carry a NaN into an infinity
+        return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return total.to(dtype)
+
+
+@triton.jit(do_not_specialize=_STEP)
+def fill_kernel(out, numel, key0, key1, step, replica, block, TILE: tl.constexpr):
+    """The numbers of a block."""
+    tile = tl.program_id(0)
+    z0, z1, z2, z3 = _gaussians(key0, key1, step, replica, block, tile, TILE)
+    place = tile * TILE + _places(TILE)
+    tl.store(out + place, z0, mask=place < numel)
+    tl.store(out + place + 256, z1, mask=place + 256 < numel)
+    tl.store(out + place + 512, z2, mask=place + 512 < numel)
+    tl.store(out + place + 768, z3, mask=place + 768 < numel)
+
+
+@triton.jit
+def _located(entry, tile, TILE: tl.constexpr):
+    """Where a tile of a weight lies.
+
+    Returns:
+        Its place in a block of the whole weight; of this block, the number among all, the first row,
+        and its first element counted from the weight's first local one; where in the tile the
+        weight's elements begin and end.
+    """
+    numel, first_row, row_size = tl.load(entry + 4), tl.load(entry + 9), tl.load(entry + 8)
+    rows, tiles = tl.load(entry + 6), tl.load(entry + 7).to(tl.int32)
+    tile += tl.load(entry + 10).to(tl.int32)
+    block = tile // tiles
+    tile -= block * tiles
+    row = tl.load(entry + 5) + block * rows
+    shift = (row - first_row) * row_size
+    start = tile * TILE
+    lo = tl.maximum(-shift - start, 0)
+    hi = tl.minimum(tl.minimum(rows * row_size, numel - shift) - start, TILE)
+    return tile, (tl.load(entry + 3) + block).to(tl.int32), row, shift, lo.to(tl.int32), hi.to(tl.int32)
+
+
+@triton.jit
+def _is_regular(entry, tile, TILE: tl.constexpr):
+    """Whether the tile is whole and has parts of at most two rows, each with a scale."""
+    _, _, _, _, lo, hi = _located(entry, tile, TILE)
+    return (hi - lo == TILE) & (tl.load(entry + 8) >= TILE) & (tl.load(entry + 11) == 0)
+
+
+@triton.jit
+def _scaled(entry, scales, z, row, start, o, lo, hi, REGULAR: tl.constexpr, TILE: tl.constexpr):
+    """``scale * z`` of the elements ``o`` of a tile that begins at ``start`` in a block of rows."""
+    row_size = tl.load(entry + 8).to(tl.int32)
+    if REGULAR:
+        first = start // row_size
+        rest = (first + 1) * row_size - start
+        one = tl.load(scales + row + first)
+        other = tl.load(scales + row + first + (rest < TILE).to(tl.int32))
+        return tl.where(o < rest, one, other) * z
+    place = start + o
+    index = row + place // row_size
+    if tl.load(entry + 11) != 0:
+        index = (place % row_size).to(tl.int64)
+    return tl.load(scales + index, mask=(o >= lo) & (o < hi), other=0.0) * z
+
+
+@triton.jit
+def _noise(
+    entry, scales, tile, number, row, lo, hi, key0, key1, step, replica,
+    REGULAR: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """eps of a tile, in four planes."""
+    z0, z1, z2, z3 = _gaussians(key0, key1, step, replica, number, tile, TILE)
+    o, start = _places(TILE), tile * TILE
+    scales += tl.load(entry + 1)
+    e0 = _scaled(entry, scales, z0, row, start, o, lo, hi, REGULAR, TILE)
+    e1 = _scaled(entry, scales, z1, row, start, o + 256, lo, hi, REGULAR, TILE)
+    e2 = _scaled(entry, scales, z2, row, start, o + 512, lo, hi, REGULAR, TILE)
+    e3 = _scaled(entry, scales, z3, row, start, o + 768, lo, hi, REGULAR, TILE)
+    return e0, e1, e2, e3
+
+
+@triton.jit
+def _pointer(address, place, dtype: tl.constexpr):
+    return address.to(tl.pointer_type(dtype)) + place
+
+
+@triton.jit
+def _get(pointer, o, lo, hi, REGULAR: tl.constexpr):
+    if REGULAR:
+        return tl.load(pointer + o)
+    return tl.load(pointer + o, mask=(o >= lo) & (o < hi), other=0.0)
+
+
+@triton.jit
+def _put(pointer, o, values, lo, hi, REGULAR: tl.constexpr):
+    if REGULAR:
+        tl.store(pointer + o, values)
+    else:
+        tl.store(pointer + o, values, mask=(o >= lo) & (o < hi))
+
+
+@triton.jit
+def _missed(w, perturbed, eps, o, lo, hi, BITS: tl.constexpr, REGULAR: tl.constexpr):
+    """1 where the subtraction will not bring w back."""
+    back = _rounded_sum(perturbed, -eps, w.dtype)
+    is_missed = back.to(BITS, bitcast=True) != w.to(BITS, bitcast=True)
+    if not REGULAR:
+        is_missed &= (o >= lo) & (o < hi)
+    return is_missed.to(tl.int32)
+
+
+@triton.jit
+def _note(positions, originals, slot, o, w, missed, BITS: tl.constexpr):
+    tl.store(positions + slot, o.to(tl.int16), mask=missed != 0)
+    tl.store(originals + slot, w.to(BITS, bitcast=True), mask=missed != 0)
+
+
+@triton.jit
+def _perturb(
+    entry, tile, index, address, scales, key0, key1, step, replica,
+    positions, originals, starts, counts, control,
+    DTYPE: tl.constexpr, BITS: tl.constexpr, KEEP: tl.constexpr, REGULAR: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    tile, number, row, shift, lo, hi = _located(entry, tile, TILE)
+    place = shift + tile * TILE
+    pointer = _pointer(address, place, DTYPE)
+    e0, e1, e2, e3 = _noise(
+        entry, scales, tile, number, row, lo, hi, key0, key1, step, replica, REGULAR, TILE
+    )
+    o0 = _places(TILE)
+    o1, o2, o3 = o0 + 256, o0 + 512, o0 + 768
+    w0, w1 = _get(pointer, o0, lo, hi, REGULAR), _get(pointer, o1, lo, hi, REGULAR)
+    w2, w3 = _get(pointer, o2, lo, hi, REGULAR), _get(pointer, o3, lo, hi, REGULAR)
+    s0, s1 = _rounded_sum(w0, e0, DTYPE), _rounded_sum(w1, e1, DTYPE)
+    s2, s3 = _rounded_sum(w2, e2, DTYPE), _rounded_sum(w3, e3, DTYPE)
+    fits = tile >= 0
+    if KEEP == JOURNAL:
+        m0 = _missed(w0, s0, e0, o0, lo, hi, BITS, REGULAR)
+        m1 = _missed(w1, s1, e1, o1, lo, hi, BITS, REGULAR)
+        m2 = _missed(w2, s2, e2, o2, lo, hi, BITS, REGULAR)
+        m3 = _missed(w3, s3, e3, o3, lo, hi, BITS, REGULAR)
+        # Each thread counts what it has before threads compare: in which order entries come is all the same.
+        missed = tl.reshape(m0 + m1 + m2 + m3, (TILE // 4 // THREADS, THREADS))
+        of_thread = tl.sum(missed, 0)
+        count = tl.sum(of_thread, 0)
+        first = tl.atomic_add(control + CURSOR, count.to(tl.int64), sem="relaxed")
+        fits = first + count <= tl.load(control + CAPACITY)
+        if fits:
+            before = (tl.cumsum(of_thread, 0) - of_thread)[None, :]
+            slot = tl.reshape(before + tl.cumsum(missed, 0) - missed, (TILE // 4,))
+            positions += first
+            originals += first
+            _note(positions, originals, slot, o0, w0, m0, BITS)
+            _note(positions, originals, slot + m0, o1, w1, m1, BITS)
+            _note(positions, originals, slot + m0 + m1, o2, w2, m2, BITS)
+            _note(positions, originals, slot + m0 + m1 + m2, o3, w3, m3, BITS)
+            tl.store(starts + index, first)
+            tl.store(counts + index, count)
+        else:
+            tl.atomic_add(control + LOST, 1, sem="relaxed")
+    elif KEEP == COPY:
+        to = _pointer(tl.load(entry + 12), place, DTYPE)
+        _put(to, o0, w0, lo, hi, REGULAR)
+        _put(to, o1, w1, lo, hi, REGULAR)
+        _put(to, o2, w2, lo, hi, REGULAR)
+        _put(to, o3, w3, lo, hi, REGULAR)
+    if fits:
+        _put(pointer, o0, s0, lo, hi, REGULAR)
+        _put(pointer, o1, s1, lo, hi, REGULAR)
+        _put(pointer, o2, s2, lo, hi, REGULAR)
+        _put(pointer, o3, s3, lo, hi, REGULAR)
+    if KEEP != JOURNAL and counts is not None:
+        tl.store(counts + index, 0)
+
+
+@triton.jit(do_not_specialize=_STEP)
+def perturb_kernel(
+    table, entries, first, elsewhere, scales, key0, key1, step, replica,
+    positions, originals, starts, counts, control,
+    DTYPE: tl.constexpr, BITS: tl.constexpr, KEEP: tl.constexpr, REGULAR: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """``W += eps`` in all tiles that carry no noise yet.
+
+    Args:
+        entries: Which entry of the table each tile belongs to.
+        first: The number of the first tile.
+        elsewhere: The address of memory that takes the weight's place, or 0.
+        counts: None to put noise on whatever is there.
+        REGULAR: Whether all tiles are regular.
+    """
+    index = tl.program_id(0) + first
+    todo = index >= 0
+    if counts is not None:
+        todo = tl.load(counts + index) < 0
+        tl.debug_barrier()  # before any thread of this program says otherwise
+    if todo:
+        entry = table + tl.load(entries + index) * FIELDS
+        tile = index - tl.load(entry + 2).to(tl.int32)
+        address = elsewhere + tl.load(entry) * (elsewhere == 0)
+        is_regular = todo
+        if not REGULAR:
+            is_regular = _is_regular(entry, tile, TILE)
+        if is_regular:
+            _perturb(
+                entry, tile, index, address, scales, key0, key1, step, replica,
+                positions, originals, starts, counts, control, DTYPE, BITS, KEEP, True, TILE,
+            )  # fmt: skip
+        elif not REGULAR:
+            _perturb(
+                entry, tile, index, address, scales, key0, key1, step, replica,
+                positions, originals, starts, counts, control, DTYPE, BITS, KEEP, False, TILE,
+            )  # fmt: skip
+
+
+@triton.jit
+def _restore(
+    entry, tile, index, count, address, scales, key0, key1, step, replica, positions, originals, starts,
+    DTYPE: tl.constexpr, KEEP: tl.constexpr, REGULAR: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    tile, number, row, shift, lo, hi = _located(entry, tile, TILE)
+    place = shift + tile * TILE
+    pointer = _pointer(address, place, DTYPE)
+    o = _places(TILE)
+    if KEEP == COPY:
+        source = _pointer(tl.load(entry + 12), place, DTYPE)
+        _put(pointer, o, _get(source, o, lo, hi, REGULAR), lo, hi, REGULAR)
+        _put(pointer, o + 256, _get(source, o + 256, lo, hi, REGULAR), lo, hi, REGULAR)
+        _put(pointer, o + 512, _get(source, o + 512, lo, hi, REGULAR), lo, hi, REGULAR)
+        _put(pointer, o + 768, _get(source, o + 768, lo, hi, REGULAR), lo, hi, REGULAR)
+    else:
+        e0, e1, e2, e3 = _noise(
+            entry, scales, tile, number, row, lo, hi, key0, key1, step, replica, REGULAR, TILE
+        )
+        w0, w1 = _get(pointer, o, lo, hi, REGULAR), _get(pointer, o + 256, lo, hi, REGULAR)
+        w2, w3 = _get(pointer, o + 512, lo, hi, REGULAR), _get(pointer, o + 768, lo, hi, REGULAR)
+        _put(pointer, o, _rounded_sum(w0, -e0, DTYPE), lo, hi, REGULAR)
+        _put(pointer, o + 256, _rounded_sum(w1, -e1, DTYPE), lo, hi, REGULAR)
+        _put(pointer, o + 512, _rounded_sum(w2, -e2, DTYPE), lo, hi, REGULAR)
+        _put(pointer, o + 768, _rounded_sum(w3, -e3, DTYPE), lo, hi, REGULAR)
+    if KEEP == JOURNAL:
+        # Other threads of this program have just stored the elements that come now.
+        tl.debug_barrier()
+        start = tl.load(starts + index)
+        for chunk in range(0, count, _CHUNK):
+            slot = chunk + tl.arange(0, _CHUNK)
+            is_there = slot < count
+            position = tl.load(positions + start + slot, mask=is_there, other=0).to(tl.int32)
+            original = tl.load(originals + start + slot, mask=is_there, other=0)
+            tl.store(pointer + position, original.to(DTYPE, bitcast=True), mask=is_there)
+
+
+@triton.jit(do_not_specialize=_STEP)
+def restore_kernel(
+    table, entries, first, elsewhere, scales, key0, key1, step, replica, positions, originals, starts, counts,
+    DTYPE: tl.constexpr, KEEP: tl.constexpr, REGULAR: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Brings W back in all tiles that carry noise; ``elsewhere``, a copy of W is brought back instead."""
+    index = tl.program_id(0) + first
+    count = tl.load(counts + index)
+    tl.debug_barrier()  # before any thread of this program says otherwise
+    if count >= 0:
+        entry = table + tl.load(entries + index) * FIELDS
+        tile = index - tl.load(entry + 2).to(tl.int32)
+        address = elsewhere + tl.load(entry) * (elsewhere == 0)
+        is_regular = count >= 0
+        if not REGULAR:
+            is_regular = _is_regular(entry, tile, TILE)
+        if is_regular:
+            _restore(
+                entry, tile, index, count, address, scales, key0, key1, step, replica,
+                positions, originals, starts, DTYPE, KEEP, True, TILE,
+            )  # fmt: skip
+        elif not REGULAR:
+            _restore(
+                entry, tile, index, count, address, scales, key0, key1, step, replica,
+                positions, originals, starts, DTYPE, KEEP, False, TILE,
+            )  # fmt: skip
+        if elsewhere == 0:
+            tl.store(counts + index, -1)
+
+
+@triton.jit
+def _rounded_to(x, dtype: tl.constexpr):
+    """The nearest of bfloat16, as numbers of ``dtype``."""
+    if dtype == tl.bfloat16:
+        nearest = x.to(tl.bfloat16)
+    else:
+        bits = x.to(tl.uint32, bitcast=True)
+        kept = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        nearest = tl.where(x == x, kept, bits).to(tl.float32, bitcast=True)
+    return nearest
+
+
+@triton.jit
+def _left(
+    entry, factor, row, rows, first, rank, FACTORS: tl.constexpr, LEFT: tl.constexpr, RANK: tl.constexpr
+):
+    """Rows of ``scaling * left``, ranks from ``first`` on."""
+    r = first + tl.arange(0, RANK)
+    at = tl.load(entry + 2).to(tl.pointer_type(LEFT))
+    at += row[:, None].to(tl.int64) * tl.load(entry + 10) + r[None, :] * tl.load(entry + 11)
+    b = tl.load(at, mask=(row[:, None] < rows) & (r[None, :] < rank), other=0.0)
+    return _rounded_to(b.to(tl.float32) * factor, FACTORS)
+
+
+@triton.jit
+def _right(
+    entry, column, columns, first, rank, FACTORS: tl.constexpr, RIGHT: tl.constexpr, RANK: tl.constexpr
+):
+    r = first + tl.arange(0, RANK)
+    at = tl.load(entry + 1).to(tl.pointer_type(RIGHT))
+    at += r[:, None] * tl.load(entry + 8) + column[None, :].to(tl.int64) * tl.load(entry + 9)
+    a = tl.load(at, mask=(r[:, None] < rank) & (column[None, :] < columns), other=0.0)
+    return _rounded_to(a.to(tl.float32), FACTORS)
+
+
+@triton.jit
+def norms_kernel(
+    table, entries, factors, out,
+    DTYPE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, FACTORS: tl.constexpr,
+    RANK: tl.constexpr, IS_ONE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``out[i] = ||(W + D)[i, :]||^2 - ||W[i, :]||^2`` with ``D = scaling * left @ right``.
+
+    That is the sum of ``(2 W + D) * D``, for which W is read once. Scaled ``left`` and ``right`` are
+    rounded to bfloat16, as in ``norms.c``; all else is in float32, in the same order each time.
+
+    Args:
+        table: For each weight the addresses of W, right and left; where its first tile comes; rows,
+            columns, rank and the distance between rows of W (transposed: of columns); the strides of
+            right and left; where its rows are in ``out``.
+        factors: The scalings.
+        FACTORS: What products are made of: bfloat16, or float32 where that can't be multiplied.
+        IS_ONE: Whether all ranks are at most ``RANK``.
+    """
+    tile, which = tl.program_id(0), tl.load(entries + tl.program_id(0))
+    entry = table + which * 16
+    rows, columns = tl.load(entry + 4).to(tl.int32), tl.load(entry + 5).to(tl.int32)
+    rank, stride = tl.load(entry + 6).to(tl.int32), tl.load(entry + 7)
+    factor = tl.load(factors + which)
+    row = (tile - tl.load(entry + 3).to(tl.int32)) * ROWS + tl.arange(0, ROWS)
+    weight = tl.load(entry).to(tl.pointer_type(DTYPE))
+    b = _left(entry, factor, row, rows, 0, rank, FACTORS, LEFT, RANK)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for first in range(0, columns, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        if TRANSPOSED:
+            at = weight + row[:, None] + column[None, :].to(tl.int64) * stride
+        else:
+            at = weight + row[:, None].to(tl.int64) * stride + column[None, :]
+        w = tl.load(at, mask=(row[:, None] < rows) & (column[None, :] < columns), other=0.0).to(tl.float32)
+        a = _right(entry, column, columns, 0, rank, FACTORS, RIGHT, RANK)
+        d = tl.dot(b, a, input_precision="ieee")
+        if not IS_ONE:
+            for more in range(RANK, rank, RANK):
+                c = _left(entry, factor, row, rows, more, rank, FACTORS, LEFT, RANK)
+                a = _right(entry, column, columns, more, rank, FACTORS, RIGHT, RANK)
+                d = tl.dot(c, a, d, input_precision="ieee")
+        total += (2.0 * w + d) * d
+    tl.store(out + tl.load(entry + 12) + row, tl.sum(total, 1), mask=row < rows)
+
+
+@triton.jit
+def _mixed(x):
+    """A bijection of integers of 64 bits."""
+    x = (x ^ (x >> 32)) * 0x9E3779B97F4A7C15
+    return x ^ (x >> 29)
+
+
+@triton.jit
+def probe_kernel(table, out):
+    """A number for each weight that changes with any of a few elements.
+
+    Args:
+        table: Of each weight the address, the distance between probed elements, their number, and the
+            size of an element.
+    """
+    weight = tl.program_id(0)
+    lane, entry = tl.arange(0, 64), table + weight * 4
+    address, place, width = tl.load(entry), lane * tl.load(entry + 1), tl.load(entry + 3)
+    is_there = lane < tl.load(entry + 2)
+    bits = lane.to(tl.int64)
+    if width == 2:
+        bits = tl.load(address.to(tl.pointer_type(tl.int16)) + place, mask=is_there, other=0).to(tl.int64)
+    elif width == 4:
+        bits = tl.load(address.to(tl.pointer_type(tl.int32)) + place, mask=is_there, other=0).to(tl.int64)
+    else:
+        bits = tl.load(address.to(tl.pointer_type(tl.int64)) + place, mask=is_there, other=0)
+    mixed = _mixed(_mixed(bits.to(tl.uint64, bitcast=True)) + lane.to(tl.uint64))
+    tl.store(out + weight, tl.sum(mixed.to(tl.int64, bitcast=True), 0))

@@ -1,0 +1,52 @@
+"""Whether somebody else writes to weights: a few elements of each are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import kernels_of
+from .part import read
+
+
+class Seal:
+    """What a few elements of some weights are right now.
+
+    Args:
+        weights: On whatever devices.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._weights = weights
+        self._probes = {
+            device: _probes(weights, which) for device, which in self._by_device(range(len(weights)))
+        }
+
+    def broken(self, which: Iterable[int]) -> set[int]:
+        """Those of these weights that are no longer what they were. Waits once for each device."""
+        return {i for device, some in self._by_device(which) for i in self._broken_on(device, some)}
+
+    def _broken_on(self, device: torch.device, which: list[int]) -> Iterable[int]:
+        known, before = self._probes[device]
+        now = _probes(self._weights, which)[1]
+        if len(which) < len(known):
+            places = [known.index(i) for i in which]
+            before = before[places] if isinstance(before, Tensor) else [before[place] for place in places]
+        if isinstance(before, Tensor) and isinstance(now, Tensor):
+            differ = read(before != now)
+        else:
+            differ = [a != b for a, b in zip(before, now, strict=True)]
+        return [i for i, differs in zip(which, differ, strict=True) if differs]
+
+    def _by_device(self, which: Iterable[int]) -> Iterable[tuple[torch.device, list[int]]]:
+        found: dict[torch.device, list[int]] = {}
+        for i in which:
+            found.setdefault(self._weights[i].device, []).append(i)
+        return found.items()
+
+
+def _probes(weights: Sequence[Tensor], which: list[int]) -> tuple[list[int], Tensor | list[int]]:
+    some = [weights[i] for i in which]
+    return which, kernels_of(some[0].device).probes(some)

@@ -1,0 +1,346 @@
+"""Stand-ins of the structure of other libraries' layers; ``make test-zoo`` meets the libraries themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flatlora_optim import FlatLoRAOptimizer, find_targets
+from helpers import NORM_ERROR, fingerprint, int_view, trainable
+
+SIGMA = 0.2
+
+
+def uneven(weight: Tensor, dim: int = 0) -> nn.Parameter:
+    """Frozen, with rows of different norms, so that a wrong axis shows."""
+    shape = [1] * weight.ndim
+    shape[dim] = weight.shape[dim]
+    scales = torch.linspace(0.3, 3, weight.shape[dim]).view(shape)
+    return nn.Parameter(weight.detach() * scales, requires_grad=False)
+
+
+class MergedLinear(nn.Linear):
+    """loralib's: A and B for some of the slices of a fused projection."""
+
+    def __init__(self, transposed: bool = False) -> None:
+        super().__init__(8, 24)
+        self.enable_lora, self.fan_in_fan_out, self.scaling = [True, False, True], transposed, 0.5
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.randn(16, 2))
+        self.weight = uneven(self.weight.T.contiguous(), 1) if transposed else uneven(self.weight)
+        self.bias.requires_grad_(False)
+
+    def merge_AB(self) -> Tensor:  # noqa: N802
+        product = F.conv1d(self.lora_A[None], self.lora_B[..., None], groups=2)[0]
+        whole = torch.cat([product[:8], torch.zeros_like(product[:8]), product[8:]])
+        return whole.T if self.fan_in_fan_out else whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight + self.scaling * self.merge_AB()
+        return F.linear(x, weight.T if self.fan_in_fan_out else weight, self.bias)
+
+    def whole(self) -> Tensor:
+        return self.weight + self.scaling * self.merge_AB()
+
+
+class Tokens(nn.Embedding):
+    """loralib's Embedding."""
+
+    def __init__(self) -> None:
+        super().__init__(9, 6)
+        self.weight, self.scaling = uneven(self.weight), 2.0
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, 9)), nn.Parameter(torch.randn(6, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.scaling * F.embedding(x, self.lora_A.T) @ self.lora_B.T
+
+    def whole(self) -> Tensor:
+        return self.weight + self.scaling * (self.lora_B @ self.lora_A).T
+
+
+class Convolution(nn.Module):
+    """loralib's, which reads the weight of the convolution inside, and merges in ``eval()``."""
+
+    def __init__(self, merges: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3).requires_grad_(False)
+        self.conv.weight = uneven(self.conv.weight)
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(6, 9) / 4), nn.Parameter(torch.randn(24, 6) / 4)
+        self.scaling, self.merge_weights, self.merged = 0.5, merges, False
+
+    def product(self) -> Tensor:
+        return self.scaling * (self.lora_B @ self.lora_A).view(self.conv.weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv._conv_forward(x, self.conv.weight + self.product(), self.conv.bias)
+
+    def whole(self) -> Tensor:
+        return self.conv.weight + self.product()
+
+
+class Litgpt(nn.Module):
+    """LitGPT's LoRALinear and LoRAQKVLinear."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 12).requires_grad_(False)
+        self.linear.weight = uneven(self.linear.weight)
+        self.scaling = 0.5
+        self.lora_A = nn.Parameter(torch.randn(4 if fused else 2, 8))
+        self.lora_B = nn.Parameter(torch.randn(8 if fused else 12, 2))
+        if fused:
+            self.enable_lora = (True, False, True)
+
+    def get_lora_AB(self) -> Tensor:  # noqa: N802
+        if not hasattr(self, "enable_lora"):
+            return self.scaling * self.lora_B @ self.lora_A
+        product = F.conv1d(self.lora_A[None], self.lora_B[..., None], groups=2)[0]
+        return self.scaling * torch.cat([product[:4], torch.zeros_like(product[:4]), product[4:]])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + x @ self.get_lora_AB().T
+
+    def whole(self) -> Tensor:
+        return self.linear.weight + self.get_lora_AB()
+
+
+class Torchtune(nn.Module):
+    """torchtune's LoRALinear, or DoRALinear."""
+
+    def __init__(self, dora: bool) -> None:
+        super().__init__()
+        self.weight = uneven(torch.randn(5, 8))
+        self.lora_a, self.lora_b = nn.Linear(8, 2, bias=False), nn.Linear(2, 5, bias=False)
+        self.rank, self.disabled = 2, False
+        if dora:
+            self.scaling = 1.5
+            self.magnitude = nn.Parameter(torch.ones(5))
+        else:
+            self.alpha = 3.0
+
+    def adapter_params(self) -> list[str]:
+        return ["lora_a.weight", "lora_b.weight"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.disabled else self.whole()
+        if hasattr(self, "magnitude"):
+            weight = weight * (self.magnitude / weight.norm(dim=1).detach())[:, None]
+        return x @ weight.T
+
+    def whole(self) -> Tensor:
+        return self.weight + 1.5 * self.lora_b.weight @ self.lora_a.weight
+
+
+class Setup:
+    def flatten(self) -> set[str]:
+        return {"x"}
+
+
+class AdapterHub(nn.Linear):
+    """AdapterHub's LoRALinear, which is its own frozen layer."""
+
+    location_key = "selfattn_lora"
+
+    def __init__(self) -> None:
+        super().__init__(8, 5)
+        self.weight = uneven(self.weight)
+        self.bias.requires_grad_(False)
+        self.fan_in_fan_out, self.merged, self.setup = False, None, Setup()
+        self.loras = nn.ModuleDict()
+        for name in ("x", "y"):
+            lora = nn.Module()
+            lora.lora_A, lora.lora_B = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.randn(5, 2))
+            lora.scaling, lora.use_gating, lora.composition_mode = 0.5, False, "add"
+            self.loras[name] = lora
+        self.loras["y"].requires_grad_(False)
+
+    def get_active_setup(self) -> Any:
+        return self.setup
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.setup is None else y + x @ self.product().T
+
+    def product(self) -> Tensor:
+        lora = self.loras["x"]
+        return lora.scaling * lora.lora_B @ lora.lora_A
+
+    def whole(self) -> Tensor:
+        return self.weight + self.product()
+
+
+class Kohya(nn.Module):
+    """A LoRA module of a network outside the model, in place of the forward of the layer it adapts."""
+
+    def __init__(self, layer: Any, multiplier: float = 0.7) -> None:
+        super().__init__()
+        if isinstance(layer, nn.Conv2d):
+            self.lora_down = nn.Conv2d(layer.in_channels, 2, layer.kernel_size, bias=False)
+            self.lora_up = nn.Conv2d(2, layer.out_channels, 1, bias=False)
+        else:
+            self.lora_down = nn.Linear(layer.in_features, 2, bias=False)
+            self.lora_up = nn.Linear(2, layer.out_features, bias=False)
+        self.scale, self.multiplier = 2.0, multiplier
+        self.org_forward, layer.forward = layer.forward, self.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.org_forward(x) + self.lora_up(self.lora_down(x)) * self.multiplier * self.scale
+
+    def product(self) -> Tensor:
+        up, down = self.lora_up.weight.flatten(1), self.lora_down.weight.flatten(1)
+        return self.multiplier * self.scale * up @ down
+
+
+LAYERS: dict[str, tuple[Callable[[], Any], str]] = {
+    "loralib's MergedLinear": (MergedLinear, "weight"),
+    "loralib's MergedLinear, transposed": (lambda: MergedLinear(transposed=True), "weight"),
+    "loralib's Embedding": (Tokens, "weight"),
+    "loralib's Conv2d": (lambda: Convolution(merges=False), "conv.weight"),
+    "LitGPT's LoRALinear": (lambda: Litgpt(fused=False), "linear.weight"),
+    "LitGPT's LoRAQKVLinear": (lambda: Litgpt(fused=True), "linear.weight"),
+    "torchtune's LoRALinear": (lambda: Torchtune(dora=False), "weight"),
+    "torchtune's DoRALinear": (lambda: Torchtune(dora=True), "weight"),
+    "AdapterHub": (AdapterHub, "weight"),
+}
+
+
+def optimizer_for(parameters: Any, model: nn.Module, **options: Any) -> FlatLoRAOptimizer:
+    options = {"sigma": SIGMA, "schedule": "constant", **options}
+    return FlatLoRAOptimizer(torch.optim.SGD(list(parameters), lr=0.0), model, **options)
+
+
+@pytest.mark.parametrize(("make", "path"), LAYERS.values(), ids=LAYERS)
+def test_found_by_itself_with_noise_of_the_merged_rows(make: Callable[[], Any], path: str) -> None:
+    model = nn.ModuleDict({"layer": make()})
+    layer = model["layer"]
+    weight, merged, before = layer.get_parameter(path), layer.whole().detach(), fingerprint(model)
+    transposed = getattr(layer, "fan_in_fan_out", False)
+    clean = weight.detach().clone()
+    rows = merged.T if transposed else merged.flatten(1)
+    expected = SIGMA * rows.norm(dim=1) / rows.shape[1] ** 0.5
+    squared, draws = torch.zeros(len(rows)), 150
+    for seed in range(draws):
+        optimizer = optimizer_for(trainable(model), model, seed=seed)
+        assert not optimizer.skipped
+        with optimizer.perturbed():
+            noise = weight.detach() - clean
+            squared += (noise.T if transposed else noise.flatten(1)).square().mean(1)
+    torch.testing.assert_close(optimizer._noises[0].scales, expected, rtol=10 * NORM_ERROR, atol=0)
+    # At least 6 * 150 squares of a Gaussian: 2.4 % standard error at most.
+    assert ((squared / draws).sqrt() / expected - 1).abs().max() < 0.1
+    optimizer.step()
+    assert all(torch.equal(int_view(p), before[n]) for n, p in model.named_parameters() if n in before)
+    assert len(find_targets(model).targets) == 1
+
+
+def test_a_convolution_that_merges_by_itself_is_perturbed_in_its_own_forward() -> None:
+    layer = Convolution(merges=True)
+    model = nn.Sequential(layer)
+    x = torch.randn(2, 3, 6, 6)
+    clean = layer(x).detach()
+    optimizer = optimizer_for(trainable(model), model)
+    assert "virtual" in repr(optimizer)
+    noisy = model(x)
+    assert 0.1 < float((noisy - clean).norm() / clean.norm()) < 0.4
+    noisy.sum().backward()
+    assert layer.lora_A.grad.any()
+    optimizer.step()
+    assert torch.equal(layer(x), clean)
+
+
+def test_torchtune_disabled_and_adapterhub_inactive() -> None:
+    for layer, off in ((Torchtune(False), ("disabled", True)), (AdapterHub(), ("setup", None))):
+        before = fingerprint(layer)
+        optimizer = optimizer_for(trainable(layer), layer)
+        setattr(layer, *off)
+        with optimizer.perturbed():
+            assert all(
+                torch.equal(int_view(p), before[n]) for n, p in layer.named_parameters() if n in before
+            )
+
+
+def test_adapters_of_adapterhub_that_have_no_merged_weight_are_refused() -> None:
+    gated, scaling = AdapterHub(), AdapterHub()
+    gated.loras["x"].use_gating = True
+    scaling.loras["x"].composition_mode = "scale"
+    for layer, reason in ((gated, "gated"), (scaling, "adds no product")):
+        with pytest.raises(ValueError, match=reason):
+            optimizer_for(trainable(layer), layer)
+
+
+def quantized() -> nn.Module:
+    return bnb.nn.Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
+
+
+def convolution() -> nn.Module:
+    return nn.Conv2d(3, 8, 3)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(64, 32), convolution, quantized])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_networks_outside_the_model(make: Callable[[], nn.Module], stacked: bool) -> None:
+    unet = nn.Sequential(make()).requires_grad_(False)
+    layer = unet[0]
+    is_quantized = isinstance(layer, bnb.nn.Linear4bit)
+    values = (
+        bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        if is_quantized
+        else layer.weight.detach().flatten(1)
+    )
+    network = nn.ModuleList(Kohya(layer) for _ in range(1 + stacked))
+    merged = (values + sum(each.product() for each in network)).detach()
+    x = torch.randn(2, 3, 6, 6) if values.shape[1] == 27 else torch.randn(4, 64)
+    clean = unet(x).detach()
+    optimizer = optimizer_for(network.parameters(), unet)
+    before = layer.weight.detach().clone()
+    noisy = unet(x)
+    expected = SIGMA * merged.norm(dim=1) / merged.shape[1] ** 0.5
+    torch.testing.assert_close(optimizer._noises[0].scales, expected, rtol=10 * NORM_ERROR, atol=0)
+    assert 0.05 < float((noisy - clean).norm() / clean.norm()) < 0.5
+    noisy.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in network.parameters())
+    optimizer.step()
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer.forward(x), clean)
+    layer.forward = network[0].org_forward  # the network is taken away
+    with optimizer.perturbed():
+        assert torch.equal(layer.weight, before)
+
+
+def test_a_network_of_an_unknown_kind_is_named() -> None:
+    class Other(Kohya):
+        def __init__(self, layer: Any) -> None:
+            super().__init__(layer)
+            self.down, self.up = self.lora_down, self.lora_up
+            del self.lora_down, self.lora_up
+
+    unet = nn.Sequential(nn.Linear(6, 5)).requires_grad_(False)
+    network = Other(unet[0])
+    with pytest.raises(ValueError, match="0: Other adds no product that is known here"):
+        optimizer_for(network.parameters(), unet)
+
+
+def test_a_fused_kernel_that_would_pass_the_noise_is_refused() -> None:
+    """As unsloth and Axolotl put them into attention and MLP modules."""
+    from helpers import with_lora
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.o_proj = quantized(), quantized()
+
+    def apply_lora_qkv(self: Any, x: Tensor) -> Tensor:
+        return x
+
+    net = nn.Module()
+    net.attention = Attention()
+    model = with_lora(net, ["q_proj", "o_proj"])
+    model.base_model.model.attention.apply_qkv = apply_lora_qkv
+    with pytest.warns(UserWarning, match=r"q_proj: a fused kernel \(apply_lora_qkv\) of .*attention reads"):
+        optimizer = optimizer_for(trainable(model), model)
+    assert len(optimizer.skipped) == 1
