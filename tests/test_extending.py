@@ -17,7 +17,7 @@ from flatlora_optim.targets import discovery
 from helpers import changed_weights, fingerprint, lora_mlp, mlp_batch, trainable
 
 TEXT = (Path(__file__).parent.parent / "docs/extending.md").read_text(encoding="utf-8")
-ADAPTER, SOURCE, MIXED, BOTH_SIGNS = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
+_, ADAPTER, SOURCE, MIXED, BOTH_SIGNS = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
 WEIGHT = "base_model.model.fc1.base_layer.weight"
 
 
@@ -28,7 +28,7 @@ def space(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     model = lora_mlp()
     base = torch.optim.SGD(trainable(model), lr=1e-3)
     space = {"torch": torch, "nn": nn, "FlatLoRAOptimizer": FlatLoRAOptimizer, "GaussianNoise": None}
-    return space | {"model": model, "base": base, "loss_fn": F.cross_entropy, "batches": [mlp_batch(3)]}
+    return space | {"model": model, "base": base, "new_base": lambda: base, "loss_fn": F.cross_entropy, "batches": [mlp_batch(3)]}
 
 
 def run(code: str, space: dict[str, Any]) -> None:

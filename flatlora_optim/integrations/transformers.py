@@ -213,7 +213,8 @@ def attach(trainer: Any, *, sigma: float, **options: Any) -> FlatLoRACallback:
 
     Args:
         trainer: A ``transformers.Trainer``, before its ``train()``.
-        sigma, **options: As of :class:`FlatLoRACallback`.
+        sigma: As of :class:`FlatLoRACallback`.
+        **options: As of :class:`FlatLoRACallback`.
     """
     callback = FlatLoRACallback(sigma=sigma, **options)
     trainer.add_callback(callback)

@@ -34,7 +34,8 @@ class Adoption(NoiseState):
                 loaded into ``base`` alone. Then the run goes on from there, as after
                 :meth:`load_state_dict`. It may be inside a wrapper of Accelerate's or DeepSpeed's: the
                 new optimizer takes its place there, see :meth:`install`.
-            model, **options: As of the constructor.
+            model: As of the constructor.
+            **options: As of the constructor.
 
         Raises:
             TypeError, ValueError: As of the constructor, or the loaded state is malformed. Nothing was

@@ -171,8 +171,8 @@ class FlatLoRAOptimizer(Adoption):
 
     @property
     def expects_steps(self) -> bool:
-        """Whether a step of the adapters by somebody else is a mistake: noise is on, or comes by itself.
-        Inside of ``perturbed()``, with ``auto=False``, it is the user's own affair."""
+        """Whether a step of the adapters by somebody else would be a mistake, as noise is on, or comes by
+        itself. Inside of ``perturbed()``, with ``auto=False``, it is the user's own affair."""
         if self._options["auto"]:
             return self._peak_sigma > 0
         return any(self._noises or ()) and not self._forwards.explicit

@@ -48,7 +48,7 @@ class Target:
         """Further adapter layers on the same weight; it is perturbed once, for all of them."""
         self.first_block = 0
         self.computes = owner
-        """The module whose forward computes with the weight: the adapter layer itself, if it reads the
+        """The module whose forward computes with the weight. It is the adapter layer itself if that reads the
         owner's weight past the owner's forward."""
 
     @classmethod
