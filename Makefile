@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo qlora test coverage test-oldest lint docs bench generalization clean
+.PHONY: help demo qlora test test-triton coverage test-oldest lint docs bench gpu generalization clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -43,6 +43,11 @@ test: $(VENV)/.dev  ## Run the test suite
 	@echo "Running the tests, one process per core"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
+TRITON_TESTS := $(patsubst %,tests/test_%.py,kernels misuse observers styles state_machine exactness quantized)
+
+test-triton: $(VENV)/.dev  ## Run the tests of the GPU's kernels, and those around them, by Triton's interpreter
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(TRITON_TESTS)
+
 # A signal that comes while coverage holds its own lock would stop the run for good.
 coverage: $(VENV)/.dev  ## Run the test suite and show which lines and branches it misses
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
@@ -73,6 +78,9 @@ docs: $(VENV)/.dev  ## Build the documentation into site/; warnings are errors
 
 bench: $(VENV)/.dev  ## Measure speed, memory and drift; writes benchmarks/RESULTS.md (under 15 minutes)
 	@$(BIN)/python benchmarks/run.py
+
+gpu:  ## Measure and test on a GPU, with the Python that is there; writes benchmarks/RESULTS-GPU.md (under 8 minutes)
+	@$(PYTHON) benchmarks/gpu.py
 
 generalization: $(VENV)/.dev  ## Run or resume the study in benchmarks/GENERALIZATION.md (hours)
 	@$(BIN)/python benchmarks/generalization.py
