@@ -13,8 +13,8 @@ CORE_TESTS := $(call tests,bad_input checkpoint docstrings exactness experts ext
 	misuse native noise nothing_silent observers optimizer quantized register schedules state_machine styles table targets virtual)
 FAST_TESTS := $(filter-out $(call tests,docstrings landscape native),$(CORE_TESTS)) # those compile C, or measure much
 
-.PHONY: help demo demo-readme qlora test test-fast explore coverage test-oldest test-pythons lint hooks docs package \
-	bench study clean
+.PHONY: help demo demo-readme qlora test test-fast explore test-triton coverage test-oldest test-pythons lint hooks docs package \
+	bench gpu study clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -61,6 +61,11 @@ test-fast: $(VENV)/.dev  ## Run the tests of the core (under 90 seconds on 2 cor
 BUDGET ?= 120
 explore: $(VENV)/.dev  ## Run the property tests with fresh random seeds, for BUDGET=120 seconds
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/explore.py $(BUDGET)
+
+TRITON_TESTS := $(patsubst %,tests/test_%.py,kernels misuse observers styles state_machine exactness quantized)
+
+test-triton: $(VENV)/.dev  ## Run the tests of the GPU's kernels, and those around them, by Triton's interpreter
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(TRITON_TESTS)
 
 # A signal that comes while coverage holds its own lock would stop the run for good.
 coverage: $(VENV)/.dev  ## Run the test suite and show which lines and branches it misses
@@ -123,6 +128,9 @@ package: $(VENV)/.made  ## Build sdist and wheel into dist/, and try the wheel w
 
 bench: $(VENV)/.dev  ## Measure speed, memory and drift; writes benchmarks/RESULTS.md (under 15 minutes)
 	@$(BIN)/python benchmarks/run.py
+
+gpu:  ## Measure and test on a GPU, with the Python that is there; writes benchmarks/RESULTS-GPU.md (under 8 minutes)
+	@$(PYTHON) benchmarks/gpu.py
 
 study: $(VENV)/.dev  ## Run or resume the study in benchmarks/GENERALIZATION.md (hours)
 	@$(BIN)/python benchmarks/generalization.py
