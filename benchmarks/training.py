@@ -31,7 +31,7 @@ Step = Callable[[Gradient], None]
 
 
 def run(device: str, quick: bool) -> list[dict[str, Any]]:
-    base = _tiny() if quick else _smollm2()
+    base = _tiny() if quick else smollm2()
     base = base.to(device)
     name = "2 layers of SmolLM2-135M" if quick else "SmolLM2-135M"
     half = with_lora(copy.deepcopy(base).to(torch.bfloat16))
@@ -149,7 +149,7 @@ VARIANTS: dict[str, Callable[[nn.Module], Step]] = {
 # ---------------------------------------------------------------------- the model
 
 
-def _smollm2() -> nn.Module:
+def smollm2() -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     import packages
