@@ -57,7 +57,7 @@ def minilm() -> Subject:
     model, collate = sentiment.load_model(args, seed=0)
     batches = map(collate, sentiment.shuffled_for_ever(data.train, 16, 0))
     batch = collate(data.train[:64])
-    return Subject(model, batches, batch, lambda model, batch: model(**batch).loss, 60, 2e-3, 128)
+    return Subject(model, batches, batch, lambda model, batch: model(**batch).loss, 60, 2e-3, 64)
 
 
 def smollm2() -> Subject:
@@ -80,7 +80,7 @@ def smollm2() -> Subject:
         lambda model, ids: model(input_ids=ids, labels=ids).loss,
         20,
         5e-4,
-        48,
+        24,
     )
 
 
@@ -115,18 +115,19 @@ def measure(subject: Subject, draws: int, ranks: Iterable[int]) -> dict[str, Any
             # Two estimates of one mean differ by their standard errors.
             expected = math.sqrt((found["spread"] ** 2 + full["spread"] ** 2) / draws)
             apart = float((found["mean"] - full["mean"]).norm())
-            losses = found["losses"] - clean
+            losses = found["losses"] - clean  # (draws, 2)
+            increases = losses.mean(1)
             records.append(
                 {
                     "sigma": sigma,
                     "noise": FULL if noise == "gaussian" else f"rank {noise.rank}",
-                    "increase": losses.mean().item(),
-                    "error": losses.std().item() / math.sqrt(draws),
+                    "increase": increases.mean().item(),
+                    "error": increases.std().item() / math.sqrt(draws),
                     "deviation": losses.std().item(),
                     "largest": losses.max().item(),
                     "gradient": float(found["mean"].norm() / gradient.norm()),
                     "apart": apart / expected if found is not full else 0.0,
-                    "spread": found["spread"] / float(gradient.norm()),
+                    "spread": found["noise"] / float(gradient.norm()),
                 }
             )
             print(f"  sigma {sigma}, {records[-1]['noise']}", flush=True)
@@ -134,22 +135,32 @@ def measure(subject: Subject, draws: int, ranks: Iterable[int]) -> dict[str, Any
 
 
 def _draws(subject: Subject, noise: str | LowRankNoise, sigma: float, draws: int) -> dict[str, Any]:
-    """The losses, the mean gradient, and the root of its total variance."""
+    """Losses, shape ``(draws, 2)``; the mean gradient; roots of the total variance of a pair and of one."""
     base = torch.optim.SGD(trainable(subject.model), lr=0.0)
     options: dict[str, Any] = {"schedule": "constant", "auto": False, "noise": noise}
     optimizer = FlatLoRAOptimizer(base, subject.model, sigma=sigma, **options)
-    losses, total, squares = [], torch.zeros(()), 0.0
+    losses, sums, singles = [], [torch.zeros(()), torch.zeros(())], 0.0
     for k in range(draws):
         optimizer.step_count = k
-        with optimizer.perturbed():
-            loss, gradient = _loss_and_gradient(subject)
-        losses.append(loss)
-        total = total + gradient
-        squares += float(gradient.square().sum())
+        pair = []
+        for _ in range(2):
+            with optimizer.perturbed():
+                pair.append(_loss_and_gradient(subject))
+            # What is odd in the noise, and most of the variance, cancels in the mean of eps and -eps.
+            optimizer._noises = [noise and noise.negated() for noise in optimizer._noises or ()]
+        losses.append([loss for loss, _ in pair])
+        both = (pair[0][1] + pair[1][1]) / 2
+        sums = [sums[0] + both, sums[1] + both.square()]
+        singles += sum(float(gradient.square().sum()) for _, gradient in pair) / 2
     optimizer.close()
-    mean = total / draws
-    variance = (squares / draws - float(mean.square().sum())) * draws / (draws - 1)
-    return {"losses": torch.tensor(losses), "mean": mean, "spread": math.sqrt(max(variance, 0.0))}
+    mean = sums[0] / draws
+    spread = float((sums[1] / draws - mean.square()).sum()) * draws / (draws - 1)
+    return {
+        "losses": torch.tensor(losses, dtype=torch.float64),
+        "mean": mean,
+        "spread": math.sqrt(max(spread, 0.0)),
+        "noise": math.sqrt(max(singles / draws - float(mean.square().sum()), 0.0)),
+    }
 
 
 def _loss_and_gradient(subject: Subject) -> tuple[float, Tensor]:
@@ -162,22 +173,23 @@ def markdown(results: dict[str, Any]) -> str:
     text = (
         "# Low-rank noise beside full noise\n\n"
         "Written by `benchmarks/low_rank.py`. Each model has a LoRA that has learned a little; loss and "
-        "gradient (in A and B) of one batch, over draws of the noise. **Increase**: of the loss over that at "
-        "W, ± standard error. **Deviation**, **largest**: of the increase over single draws. **Mean "
+        "gradient (in A and B) of one batch, over draws of the noise, each with both signs. **Increase**: of "
+        "the loss over that at W, ± standard error. **Deviation**, **largest**: of single draws. **Mean "
         "gradient**: its norm, relative to the gradient at W. **Apart**: how far it is from that under full "
         "noise, in units of what two samples from one distribution differ by: 1 is none, 1.4 would be a "
         "difference as large as the sampling error. **Gradient noise**: the root of the total variance, "
         "relative to the norm of the gradient at W."
     )
     for name, found in results.items():
-        text += f"\n\n## {name}\n\nLoss at W {found['loss']:.4f}, {found['draws']} draws, commit {found['commit']}.\n\n"
+        text += f"\n\n## {name}\n\nLoss at W {found['loss']:.4f}, {found['draws']} draws, "
+        text += f"commit {found['commit']}.\n\n"
         text += "| σ | noise | increase | deviation | largest | mean gradient | apart | gradient noise |\n"
         text += "|---|---|---|---|---|---|---|---|\n"
         for r in found["records"]:
             apart = f"{r['apart']:.2f}" if r["noise"] != FULL else ""
             text += (
-                f"| {r['sigma']} | {r['noise']} | {r['increase']:+.5f} ± {r['error']:.5f} | {r['deviation']:.5f} "
-                f"| {r['largest']:+.4f} | {r['gradient']:.3f} | {apart} | {r['spread']:.3f} |\n"
+                f"| {r['sigma']} | {r['noise']} | {r['increase']:+.5f} ± {r['error']:.5f} "
+                f"| {r['deviation']:.5f} | {r['largest']:+.4f} | {r['gradient']:.3f} | {apart} | {r['spread']:.3f} |\n"
             )
     return text
 

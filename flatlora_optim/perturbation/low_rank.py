@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.part import Part
+from ..kernels.part import Part, refuse_capture
 from ..kernels.threads import lasting_empty
 from ..kernels.uncompiled import at_tracing
 from ..noise import FactoredNoise, Noise, NoiseSource
@@ -85,6 +85,7 @@ class LowRankPerturbation(VirtualPerturbation):
     def _fill(self, factors: tuple[Tensor, Tensor]) -> None:
         """Writes them to the tensors that compiled and captured forwards read."""
         left, right = factors
+        refuse_capture(left.device)  # a forward may be captured, but not what is to be new at each step
         dtype = compute_dtype(self.target.owner)
         if (self.left.shape, self.left.dtype, self.left.device) != (left.shape, dtype, left.device):
             self.left = lasting_empty(left.shape, dtype, left.device)
