@@ -259,7 +259,7 @@ class NamedLoRA(nn.Module):
 
 def unrecognized_in(model: nn.Module) -> dict[str, str]:
     optimized = {id(p) for p in trainable(model)}
-    return choose_perturbations(model, optimized, "auto", "exact")[1].unrecognized
+    return choose_perturbations(model, optimized, "auto", "exact", None)[1].unrecognized
 
 
 def test_what_looks_like_lora_and_is_of_no_known_type_is_named() -> None:

@@ -60,7 +60,7 @@ def complaint_of(target: Target) -> str | None:
     actual, expected = (output - other).double().flatten(), expected.double().flatten()
     if actual.shape != expected.shape or not (actual.isfinite().all() and expected.isfinite().all()):
         return None
-    size = expected.norm().clamp(min=1e-30)
+    size = torch.maximum(expected.norm(), actual.norm()).clamp(min=1e-30)
     # The change is a difference of outputs, each a sum of rounded products.
     rounding = torch.finfo(output.dtype).eps + 10 * torch.finfo(torch.float32).eps * weight.columns**0.5
     tolerance = _TOLERANCE + float(rounding * output.double().norm() / size)
