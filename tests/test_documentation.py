@@ -119,6 +119,11 @@ def test_numbers_are_those_of_the_benchmarks() -> None:
     assert [number for number in numbers if f"| {number} |" not in results] == []
 
 
+def test_readme_tells_of_gpus_what_is_known() -> None:
+    measured = (ROOT / "benchmarks/RESULTS-GPU.md").exists()
+    assert ("not yet run" in README.split("## Install")[0]) is not measured
+
+
 # ---------------------------------------------------------------------- names
 
 
