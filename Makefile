@@ -13,8 +13,8 @@ CORE_TESTS := $(call tests,bad_input checkpoint docstrings exactness experts ext
 	misuse native noise nothing_silent observers optimizer quantized register schedules state_machine styles table targets virtual)
 FAST_TESTS := $(filter-out $(call tests,docstrings landscape native),$(CORE_TESTS)) # those compile C, or measure much
 
-.PHONY: help demo demo-readme qlora test test-fast explore coverage test-oldest test-pythons lint hooks docs package \
-	bench study clean
+.PHONY: help demo demo-readme qlora test test-fast explore test-triton coverage test-oldest test-pythons lint hooks docs package \
+	bench gpu study clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -62,6 +62,11 @@ BUDGET ?= 120
 explore: $(VENV)/.dev  ## Run the property tests with fresh random seeds, for BUDGET=120 seconds
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/explore.py $(BUDGET)
 
+TRITON_TESTS := $(patsubst %,tests/test_%.py,kernels misuse observers styles state_machine exactness quantized)
+
+test-triton: $(VENV)/.dev  ## Run the tests of the GPU's kernels, and those around them, by Triton's interpreter
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(TRITON_TESTS)
+
 # A signal that comes while coverage holds its own lock would stop the run for good.
 coverage: $(VENV)/.dev  ## Run the test suite and show which lines and branches it misses
 	@$(PYTEST) \
@@ -79,8 +84,21 @@ $(OLDEST)/.made: constraints-oldest.txt pyproject.toml
 test-oldest: $(OLDEST)/.made  ## Run the core tests with the oldest supported releases
 	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadfile $(CORE_TESTS)
 
-test-pythons: $(VENV)/.made  ## Run the core tests with each Python from 3.10 to 3.13 that is here
-	@$(BIN)/python tools/pythons.py $(CORE_TESTS)
+ZOO ?= .venv-zoo
+$(ZOO)/.made: constraints-zoo.txt
+	@test -x $(ZOO)/bin/python || $(PYTHON) -m venv $(ZOO)
+	@echo "Installing LoRA libraries that need old releases of others into $(ZOO) (several GB, once)"
+	@$(ZOO)/bin/python -m pip install --quiet --upgrade pip
+	@$(ZOO)/bin/python -m pip install --quiet --constraint constraints-zoo.txt torch
+	@$(ZOO)/bin/python -m pip install --quiet --constraint constraints-zoo.txt --requirement constraints-zoo.txt \
+		--editable .
+	@touch $@
+
+test-zoo: $(ZOO)/.made  ## Meet loralib, LitGPT, torchtune, AdapterHub, LyCORIS and Keras themselves
+	@OMP_NUM_THREADS=1 $(ZOO)/bin/python -m pytest tests/zoo
+
+test-pythons:  ## Run the core tests with each Python from 3.10 to 3.13 that is here (or PYTHONS=...)
+	@$(PYTHON) tools/pythons.py $(PYTHONS) $(CORE_TESTS)
 
 LINTERS ?= .venv-lint
 $(LINTERS)/.made: constraints.txt pyproject.toml
@@ -111,8 +129,11 @@ package: $(VENV)/.made  ## Build sdist and wheel into dist/, and try the wheel w
 bench: $(VENV)/.dev  ## Measure speed, memory and drift; writes benchmarks/RESULTS.md (under 15 minutes)
 	@$(BIN)/python benchmarks/run.py
 
+gpu:  ## Measure and test on a GPU, with the Python that is there; writes benchmarks/RESULTS-GPU.md (under 8 minutes)
+	@$(PYTHON) benchmarks/gpu.py
+
 study: $(VENV)/.dev  ## Run or resume the study in benchmarks/GENERALIZATION.md (hours)
 	@$(BIN)/python benchmarks/generalization.py
 
 clean:  ## Remove the virtual environments and caches
-	rm -rf $(VENV) $(OLDEST) $(LINTERS) .venv-3.* dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(ZOO) $(LINTERS) .venv-3.* dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

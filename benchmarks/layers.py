@@ -86,7 +86,10 @@ def twin(model: M) -> M:
     in another's, which would drop what that one keeps between steps.
     """
     memo = {
-        id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters() if not p.requires_grad
+        # Quantized ones are of types of their own, and nobody writes them.
+        id(p): nn.Parameter(p.data, requires_grad=False) if type(p) is nn.Parameter else p
+        for p in model.parameters()
+        if not p.requires_grad
     }
     return copy.deepcopy(model, memo)
 

@@ -118,19 +118,17 @@ def test_the_adapter_keeps_running_and_noise_has_the_strength_of_the_merged_rows
     layer.bias.requires_grad_(False)
     expected = SIGMA * (layer.values() + layer.product()).norm(dim=1) / 8
     squared, draws = torch.zeros(32), 60
-    for seed in range(draws):
-        optimizer = flatlora(layer, sigma=SIGMA, mode="virtual", seed=seed)
-        eps = noise_of(layer, optimizer)
-        if seed == 0:
-            scales = optimizer._noises[0].scales
-            torch.testing.assert_close(scales, expected, rtol=10 * NORM_ERROR, atol=0)
-        squared += eps.square().sum(1)
+    optimizer = flatlora(layer, sigma=SIGMA, mode="virtual", lr=0.0)
+    for _ in range(draws):
+        squared += noise_of(layer, optimizer).square().sum(1)
+        scales = optimizer._noises[0].scales
+        torch.testing.assert_close(scales, expected, rtol=10 * NORM_ERROR, atol=0)
+        optimizer.step()
     # Each row has 64 * 60 squares of a Gaussian: 2.3 % standard error.
     ratio = (squared / (64 * draws)).sqrt() / expected
     assert (ratio - 1).abs().max() < 0.08
     before = [int_view(p).clone() for p in (layer.weight,) if type(p) is nn.Parameter and p.ndim == 2]
     x = torch.randn(5, 64, requires_grad=True)
-    optimizer = flatlora(layer, sigma=SIGMA, mode="virtual", lr=0.0)
     layer(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in (layer.lora_A, layer.lora_B))
     optimizer.step()
@@ -152,6 +150,26 @@ def test_gradients_are_those_of_the_weight_with_noise(kind: type) -> None:
         actual = torch.autograd.grad(layer(x).square().sum(), (x, layer.lora_A, layer.lora_B))
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [In4Bit, InDense])
+@pytest.mark.parametrize("wrap", [lambda layer: layer, lambda layer: nn.ModuleList([layer])])
+def test_the_layer_itself_may_be_what_is_called(kind: type, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """Its call has looked up its forward when the noise comes."""
+    layer = kind().to("cpu")
+    layer.bias.requires_grad_(False)
+    x = torch.randn(5, 64)
+    clean = layer(x).detach()
+    optimizer = flatlora(wrap(layer), sigma=SIGMA, mode="virtual", lr=0.0)
+    for _ in range(2):
+        outputs = [layer(x), layer(x=x), layer(x)]  # the first of a step, and later ones
+        assert all(torch.allclose(output, outputs[0]) for output in outputs)
+        assert 0.1 < float((outputs[0] - clean).norm() / clean.norm()) < 0.4
+        sum(outputs).sum().backward()
+        with torch.no_grad():
+            assert torch.equal(layer(x), clean)
+        optimizer.step()
+    assert not layer._forward_hooks or not optimizer.is_perturbed
 
 
 def test_landscape_measures_the_model_with_its_adapter() -> None:

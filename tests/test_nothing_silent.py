@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -109,12 +110,33 @@ def test_the_two_calls_of_sam_are_one_step_with_one_noise(
         optimizer.first_step()
         optimizer.zero_grad()
         loss_of(model, BATCH).backward()
-        assert not changed_weights(model, noisy[-1]) - {n for n, _ in model.named_parameters() if "lora" in n}
+        assert not changed_weights(model, noisy[-1])
         optimizer.second_step()
         optimizer.zero_grad()
         assert optimizer.step_count == step + 1
         assert not changed_weights(model, before)
     assert len({str(each[name].tolist()) for each in noisy for name in MLP_WEIGHTS}) == 6
+
+
+def test_a_forgotten_optimizer_forbids_nothing(model: nn.Module) -> None:
+    optimizers = [flatlora(model)]
+    optimizers[0].cycle = optimizers[0]  # so that only the collector can find it
+    loss_of(model, BATCH).backward()
+    optimizers.clear()
+    torch.optim.SGD(trainable(model), lr=0.1).step()
+
+
+def test_an_optimizer_with_an_attribute_of_any_kind_is_let_alone(optimizer: FlatLoRAOptimizer) -> None:
+    other = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    other.optimizer = "adam"
+    other.step()
+
+
+def test_what_is_detached_puts_nothing_back(model: nn.Module, optimizer: FlatLoRAOptimizer) -> None:
+    base = optimizer.detach()
+    assert "step 0 of" in repr(optimizer)
+    assert not any(str(key).startswith("flatlora") for group in base.param_groups for key in group)
+    FlatLoRAOptimizer(base, model, sigma=0.1, schedule="constant")
 
 
 def test_a_base_that_accelerate_has_prepared_is_refused(model: nn.Module) -> None:
@@ -129,8 +151,42 @@ def test_adapters_that_were_replaced_are_an_error(model: nn.Module, optimizer: F
             if parameter is not None and parameter.requires_grad:
                 setattr(module, name, nn.Parameter(parameter.detach().clone()))
     loss_of(model, BATCH).backward()
-    with pytest.raises(RuntimeError, match=r"adapters are not those in the optimizer.*Build the base"):
+    with pytest.raises(
+        RuntimeError, match=r"fc1, .*fc2: the model's adapters are not those in the optimizer.*Build the base"
+    ):
         optimizer.step()
+
+
+def test_a_replaced_adapter_among_others_is_an_error(model: nn.Module, optimizer: FlatLoRAOptimizer) -> None:
+    factor = model.base_model.model.fc2.lora_A.default
+    other = model.base_model.model.fc2.lora_B.default
+    for part in (factor, other):
+        part.weight = nn.Parameter(part.weight.detach().clone())
+    loss_of(model, BATCH).backward()
+    with pytest.raises(RuntimeError, match=r"model\.fc2: the model's adapters are not those"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_parameters_that_were_exchanged_in_the_groups_as_well_are_no_error(
+    schedule: str, model: nn.Module
+) -> None:
+    """Accelerate does so, when it shards a model whose optimizer exists already."""
+    optimizer = flatlora(model, schedule=schedule, total_steps=4)
+    new = {}
+    for module in list(model.modules()):
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.requires_grad:
+                new[parameter] = nn.Parameter(parameter.detach().clone())
+                setattr(module, name, new[parameter])
+    for group in optimizer.param_groups:
+        group["params"] = [new[p] for p in group["params"]]
+    for _ in range(3):
+        loss_of(model, BATCH).backward()
+        optimizer.step()
+    loss_of(model, BATCH)
+    assert optimizer.is_perturbed
+    optimizer.close()
 
 
 # ---------------------------------------------------------------------- several models
@@ -188,12 +244,12 @@ def test_adapters_of_a_model_that_was_not_given_are_told() -> None:
 
 
 def test_a_head_that_is_trained_beside_the_model_is_not_told(model: nn.Module) -> None:
-    head = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 2))
+    head = nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 64), nn.Linear(64, 8), nn.Linear(8, 64))
     base = torch.optim.SGD([*trainable(model), *head.parameters()], lr=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, schedule="constant")
-    assert "noise for 4 of 6 trained matrices (67%)" in repr(optimizer)
+    assert "noise for 4 of 8 trained matrices (50%)" in repr(optimizer)
 
 
 def test_a_sigma_that_no_weight_uses_is_told(model: nn.Module) -> None:
@@ -231,9 +287,16 @@ def test_a_part_in_eval_mode_is_told_before_autograd_fails() -> None:
     base = torch.optim.SGD([*trainable(encoder), *trainable(unet)], lr=0.1)
     optimizer = FlatLoRAOptimizer(base, [encoder, unet], sigma=0.1, schedule="constant")
     encoded = encoder(BATCH[0])
-    with pytest.warns(UserWarning, match=r"PeftModel ran in eval\(\) mode with gradients.*auto=\"grad\""):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it may have run for a metric alone
         loss = unet(torch.cat([encoded, encoded[:, :1]], 1)).sum()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        unet(BATCH[0]).sum().backward()
+    with (
+        pytest.warns(
+            UserWarning, match=r"PeftModel ran in eval\(\) mode, and so without noise.*auto=\"grad\""
+        ),
+        pytest.raises(RuntimeError, match="modified by an inplace operation"),
+    ):
         loss.backward()
     optimizer.close()
 
@@ -256,6 +319,24 @@ def test_a_forward_inside_of_a_transform_is_told(model: nn.Module, optimizer: Fl
     with optimizer.perturbed():
         within = gradients()
     assert not any(torch.equal(within[name], without[name]) for name in adapters)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_transform_in_the_middle_of_a_step_leaves_the_weights_alone(
+    fails: bool, model: nn.Module, optimizer: FlatLoRAOptimizer, before: dict[str, Tensor]
+) -> None:
+    adapters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        output = functional_call(model, values, (BATCH[0][:, 1:] if fails else BATCH[0],))
+        return output.square().mean()
+
+    loss_of(model, BATCH).backward()
+    with pytest.raises(RuntimeError) if fails else nullcontext():
+        grad(loss)(adapters)
+    assert optimizer.is_perturbed
+    optimizer.step()
+    assert not changed_weights(model, before)
 
 
 # ---------------------------------------------------------------------- passes inside of a forward
@@ -375,6 +456,96 @@ def test_reentrant_checkpointing_is_no_pass_of_its_own(whole: bool, model: nn.Mo
     for gradient, p in zip(gradients, trainable(model), strict=True):
         torch.testing.assert_close(gradient, p.grad)
     optimizer.close()
+
+
+def test_reentrant_checkpointing_in_a_teacher_is_clean(model: nn.Module) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+            self.seen: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            inner = self.net.base_model.model
+            hidden = checkpoint(inner.fc1, x, use_reentrant=True).tanh()
+            with torch.no_grad():
+                self.seen.append(checkpoint(inner.fc1, x, use_reentrant=True))
+            return inner.fc2(hidden)
+
+    net, x = Net(), BATCH[0].clone().requires_grad_()
+    expected = lora_mlp().base_model.model.fc1(x).detach()
+    optimizer = FlatLoRAOptimizer(
+        torch.optim.SGD(trainable(model), lr=0.1), net, sigma=0.3, schedule="constant"
+    )
+    net(x).sum().backward()
+    with torch.no_grad():
+        checkpoint(net, x, use_reentrant=True)
+    for seen in net.seen:
+        torch.testing.assert_close(seen, expected)
+    assert optimizer.is_perturbed
+    optimizer.close()
+
+
+def test_a_layer_without_an_active_adapter_suspends_nothing(model: nn.Module, monkeypatch: Any) -> None:
+    model.base_model.model.fc2.set_adapter([])
+    optimizer = flatlora(model)
+    loss_of(model, BATCH)
+    monkeypatch.setattr(optimizer._weights, "suspend", lambda: pytest.fail("suspended"))
+    loss_of(model, BATCH)
+    monkeypatch.undo()
+    optimizer.close()
+
+
+def test_a_merged_layer_has_no_noise_in_a_later_forward_of_the_step(
+    model: nn.Module, before: dict[str, Tensor]
+) -> None:
+    optimizer = flatlora(model)
+    loss_of(model, BATCH).backward()
+    expected = lora_mlp()(BATCH[0])
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged.train()(BATCH[0]), expected)
+    optimizer.close()
+    del before
+
+
+def test_a_merge_inside_clean_and_back_is_noise_of_nobody(
+    model: nn.Module, before: dict[str, Tensor]
+) -> None:
+    optimizer = flatlora(model)
+    loss_of(model, BATCH).backward()
+    with optimizer.clean():
+        model.merge_adapter()
+        assert not optimizer.is_perturbed
+    loss_of(model, BATCH)
+    model.unmerge_adapter()
+    optimizer.step()
+    for name, value in fingerprint(model).items():
+        torch.testing.assert_close(
+            value.view(torch.float32), before[name].view(torch.float32), atol=1e-6, rtol=1e-5
+        )
+
+
+def test_two_optimizers_on_the_same_layers_both_see_a_merge_coming() -> None:
+    model = lora_mlp()
+    model.add_adapter("b", model.peft_config["default"])
+    adapters = {
+        name: [p for n, p in model.named_parameters() if f".{name}." in n] for name in ("default", "b")
+    }
+    optimizers = []
+    for name, parameters in adapters.items():
+        model.set_adapter(name)
+        optimizers.append(
+            FlatLoRAOptimizer(torch.optim.SGD(parameters, lr=0.1), model, sigma=0.3, schedule="constant")
+        )
+    layer = model.base_model.model.fc1
+    model.set_adapter("default")
+    clean = layer.base_layer.weight.detach().clone()
+    optimizers[1].close()
+    optimizers[0].perturb()
+    layer.merge()
+    assert torch.equal(layer.base_layer.weight, clean + layer.get_delta_weight("default"))
+    optimizers[0].close()
+    assert "merge" not in layer.__dict__
 
 
 def test_perturbed_that_is_refused_inside_clean_ends_nothing(model: nn.Module) -> None:

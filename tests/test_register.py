@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,12 +81,13 @@ def test_slices_of_a_fused_projection(parts: dict[str, Any]) -> None:
     merged = (module.qkv.weight + module.product()).detach()
     clean, before = module.qkv.weight.detach().clone(), fingerprint(module)
     squared, draws = torch.zeros(24), 100
-    for seed in range(draws):
-        optimizer = flatlora(module, sigma=SIGMA, seed=seed)
+    expected = SIGMA * merged.norm(dim=1) / 8**0.5
+    optimizer = flatlora(module, sigma=SIGMA, lr=0.0)
+    for _ in range(draws):
         with optimizer.perturbed():
             squared += (module.qkv.weight.detach() - clean).square().mean(1)
-    expected = SIGMA * merged.norm(dim=1) / 8**0.5
-    torch.testing.assert_close(optimizer._noises[0].scales, expected, rtol=10 * NORM_ERROR, atol=0)
+        torch.testing.assert_close(optimizer._noises[0].scales, expected, rtol=10 * NORM_ERROR, atol=0)
+        optimizer.step()
     assert ((squared / draws).sqrt() / expected - 1).abs().max() < 0.12  # 2.5 % standard error
     module(torch.randn(2, 8)).square().sum().backward()
     assert changed_weights(module, before) == {"qkv.weight"}
@@ -276,6 +279,19 @@ def test_what_looks_like_lora_and_is_of_no_known_type_is_named() -> None:
     assert "shapes of (3, 12) and (10, 3), beside (10, 12)" in found["silent"]
     assert "lora_A is named like an adapter's" in found["named"]
     assert all("describe it by `flatlora_optim.register`" in reason for reason in found.values())
+
+
+def test_the_lines_in_the_docs_run() -> None:
+    text = (Path(__file__).parent.parent / "docs/adapters.md").read_text(encoding="utf-8")
+    _, example = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    space: dict[str, Any] = {}
+    exec(example, space)
+    layer, optimizer = space["layer"], space["optimizer"]
+    before = fingerprint(layer)
+    layer(torch.randn(2, 8)).sum().backward()
+    assert changed_weights(layer, before) == {"qkv.weight"}
+    optimizer.step()
+    assert not changed_weights(layer, before)
 
 
 def test_nothing_is_named_where_all_is_known() -> None:

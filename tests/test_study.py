@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import generalization
 from flatlora_optim import FlatLoRAOptimizer, NoiseKey
-from study import grid, report
+from study import grid, language, report
 from study.grid import Cell, Grid, Key, Results
 from study.methods import METHODS, BiLoRA, EFMLoRA, FlatLoRA, LowRankFlatLoRA, Method
 from study.population import AdamW, AdaptedLinear, Examples, Population
@@ -352,3 +352,42 @@ def test_a_rule_for_sigma_is_judged_by_what_is_not_worse_than_the_best(tmp_path:
     constant = report.fitted(report.rising_loss, curve)
     assert report.rising_loss(curve, constant) == 0.4
     assert report.rising_loss(curve, 0.1) == 0.2
+
+
+# ---------------------------------------------------------------------- the language model
+
+
+def test_last_layers_answer_as_the_whole_model_does() -> None:
+    """From states that are made once, padded behind the answers, at one or at several places."""
+    from types import SimpleNamespace
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).eval().requires_grad_(False)
+
+    class Tiny(language.LanguageTask):
+        _loaded = model, SimpleNamespace(eos_token_id=0)
+        _vocabulary = torch.tensor([4, 9])
+
+    task = Tiny()
+    rows = [[5, 6, 7, 8, 9], [5, 6, 7], [1, 2, 3, 4]]
+    states = task._states(rows)
+    several = task.model()(states, torch.tensor([[3, 4], [1, 2], [2, 3]]))
+    last = task.model()(states, torch.tensor([4, 2, 3]))
+    for i, row in enumerate(rows):
+        expected = model(input_ids=torch.tensor([row])).logits[0, -2:, [4, 9]]
+        torch.testing.assert_close(several[i], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(last[i], expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_answers_take_the_place_of_right_ones() -> None:
+    class Sums(language.Arithmetic):
+        pool = Examples((torch.arange(20.0)[:, None],), torch.arange(20))  # the second half is wrong
+
+    split = Sums().split(0, train=5, validation=5, wrong=0.4)
+    chosen = torch.cat([split.train.labels, split.validation.labels])
+    assert [int((part.labels >= 10).sum()) for part in split] == [2, 2]
+    assert len(set((chosen % 10).tolist())) == 10
+    assert torch.equal(split.train.inputs[0][:, 0].long(), split.train.labels)

@@ -1,9 +1,10 @@
 """Runs the core tests with each supported Python that is here, in an environment of its own.
 
-    python tools/pythons.py [TEST ...]
+    python tools/pythons.py [VERSION ...] [TEST ...]
 
-Looks for python3.10 and so on in the PATH, and for those of pyenv and uv. An interpreter that is missing is
-named, and is no failure. The environments, .venv-3.10 and so on, are kept and reused.
+Without a version, all that the metadata names. Looks for python3.10 and so on in the PATH, and for those of
+pyenv and uv. An interpreter that is missing is named, and is a failure only if it was asked for. The
+environments, .venv-3.10 and so on, are kept and reused.
 
 On Linux the index's own torch brings CUDA, several GB for each. PIP_EXTRA_INDEX_URL may name an index with
 CPU builds.
@@ -65,16 +66,19 @@ def test(version: str, python: str, tests: list[str]) -> bool:
     )
 
 
-def main(tests: list[str]) -> int:
+def main(arguments: list[str]) -> int:
+    versions = [argument for argument in arguments if re.fullmatch(r"3\.\d+", argument)]
+    tests = [argument for argument in arguments if argument not in versions]
     results = {}
-    for version in supported():
+    for version in versions or supported():
         python = interpreter(version)
         print(f"Python {version}: {python or 'not found'}", flush=True)
         results[version] = (
             "not found" if python is None else "passed" if test(version, python, tests) else "FAILED"
         )
     print(*(f"Python {version}: {result}" for version, result in results.items()), sep="\n")
-    return int("FAILED" in results.values())
+    # One that was asked for by name has to be there.
+    return int("FAILED" in results.values() or bool(versions and "not found" in results.values()))
 
 
 if __name__ == "__main__":

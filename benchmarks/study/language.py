@@ -1,4 +1,4 @@
-"""SmolLM2 learns sums; the shift: longer sums, and larger numbers."""
+"""SmolLM2-135M learns to answer: whether a review is positive (on a CPU), and sums (on a GPU)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .population import Examples
-from .tasks import Split, Task, packages
+from .tasks import Split, Task, packages, rated_sentences
 
 
 class LastLayers(nn.Module):
@@ -23,35 +23,25 @@ class LastLayers(nn.Module):
         self.norm, self.rotary = model.model.norm, model.model.rotary_emb
         self.register_buffer("vocabulary", model.lm_head.weight.detach()[vocabulary])
 
-    def forward(self, states: Tensor, labels: Tensor) -> Tensor:
-        """Logits of the labels' positions. Padding is on the right, where no token looks."""
+    def forward(self, states: Tensor, places: Tensor) -> Tensor:
+        """Logits at one or several places of each row. Padding is on the right, where no token looks."""
         positions = torch.arange(states.shape[1], device=states.device)[None]
         embedded = self.rotary(states, positions)
         for layer in self.layers:
             states = layer(states, position_ids=positions, position_embeddings=embedded)
             states = states[0] if isinstance(states, tuple) else states
-        answers = states.gather(1, labels[..., None].expand(-1, -1, states.shape[-1]))
-        return F.linear(self.norm(answers), self.vocabulary)
+        index = places.view(len(states), -1, 1).expand(-1, -1, states.shape[-1])
+        answers = self.norm(states.gather(1, index)).view(*places.shape, -1)
+        return F.linear(answers, self.vocabulary)
 
 
-class Arithmetic(Task):
-    """Sums of two or three digits from few examples, of which some have wrong answers.
+class LanguageTask(Task):
+    """SmolLM2 with adapters on its last layers; what is below is computed once."""
 
-    An answer counts if each of its tokens, and its end, is the most likely one given those before it:
-    then greedy decoding gives it. The choice is among the tokens that answers are made of. A wrong answer is
-    off by one to nine.
-    """
-
-    in_domain = "three terms"
-    out_of_domain = ("four terms", "two digits")
-    # Least and most terms, and digits.
-    SIZES: ClassVar = {"three terms": (2, 3, 1), "four terms": (4, 4, 1), "two digits": (2, 2, 2)}
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    rank, classes = 8, 13
-    adapted = 4
-    """How many of the last layers carry adapters; what is below is computed once."""
-    TESTS, POOL = 400, 2000
-    ANSWER = 6  # tokens of an answer with sign, digits and end, at most
+    rank = 8
+    adapted = 2
+    """How many of the 30 layers carry adapters."""
 
     @cached_property
     def _loaded(self) -> tuple[nn.Module, Any]:
@@ -64,9 +54,8 @@ class Arithmetic(Task):
 
     @cached_property
     def _vocabulary(self) -> Tensor:
-        _, tokenizer = self._loaded
-        ids = {token for text in (" 0", " -1", "23456789") for token in tokenizer(text)["input_ids"]}
-        return torch.tensor([*sorted(ids), tokenizer.eos_token_id])
+        """The tokens that answers are made of."""
+        raise NotImplementedError
 
     @cached_property
     def _top(self) -> nn.Module:
@@ -75,6 +64,77 @@ class Arithmetic(Task):
 
     def model(self) -> nn.Module:
         return self._top
+
+    @torch.no_grad()
+    def _states(self, rows: list[list[int]]) -> Tensor:
+        """What the lower layers make of these tokens, padded on the right."""
+        model, tokenizer = self._loaded
+        below = model.model.layers[: len(model.model.layers) - self.adapted]
+        length = max(map(len, rows))
+        ids = torch.tensor([row + [tokenizer.eos_token_id] * (length - len(row)) for row in rows])
+        positions = torch.arange(length)[None]
+        states = []
+        for part in ids.split(100):
+            x = model.model.embed_tokens(part)
+            embedded = model.model.rotary_emb(x, positions)
+            for layer in below:
+                x = layer(x, position_ids=positions, position_embeddings=embedded)
+                x = x[0] if isinstance(x, tuple) else x
+            states.append(x)
+        return torch.cat(states)
+
+
+class Reviews(LanguageTask):
+    """It continues "Review: ... Sentiment:" by " positive" or " negative"; tested on other domains, too."""
+
+    in_domain = "movies"
+    out_of_domain = ("Amazon", "NYT", "tweets")
+    LONGEST, TESTS, POOL = 24, 200, 1500
+
+    @cached_property
+    def _vocabulary(self) -> Tensor:
+        _, tokenizer = self._loaded
+        return torch.tensor([tokenizer(word)["input_ids"][0] for word in (" negative", " positive")])
+
+    def _read(self, domain: str, start: int, count: int) -> Examples:
+        _, tokenizer = self._loaded
+        before, after = (tokenizer(text)["input_ids"] for text in ("Review: ", "\nSentiment:"))
+        rated = rated_sentences(domain)[start : start + count]
+        rows = [before + tokenizer(text)["input_ids"][: self.LONGEST] + after for text, _ in rated]
+        places = torch.tensor([len(row) - 1 for row in rows])
+        return Examples((self._states(rows), places), torch.tensor([int(r > 0) for _, r in rated]))
+
+    @cached_property
+    def pool(self) -> Examples:
+        return self._read("movies", self.TESTS, self.POOL)
+
+    @cached_property
+    def tests(self) -> dict[str, Examples]:
+        return {name: self._read(name, 0, self.TESTS) for name in (self.in_domain, *self.out_of_domain)}
+
+
+class Arithmetic(LanguageTask):
+    """Sums of two or three digits, some of the examples with wrong answers; adapters on all layers.
+
+    An answer counts if each of its tokens, and its end, is the most likely one given those before it:
+    then greedy decoding gives it. The choice is among the tokens that answers are made of. A wrong answer is
+    off by one to nine.
+    """
+
+    in_domain = "three terms"
+    out_of_domain = ("four terms", "two digits")
+    # Least and most terms, and digits.
+    SIZES: ClassVar = {"three terms": (2, 3, 1), "four terms": (4, 4, 1), "two digits": (2, 2, 2)}
+    classes = 13
+    adapted, at_once = 30, 8
+    TESTS, POOL = 400, 2000
+    ANSWER = 6  # tokens of an answer with sign, digits and end, at most
+
+    @cached_property
+    def _vocabulary(self) -> Tensor:
+        _, tokenizer = self._loaded
+        ids = {token for text in (" 0", " -1", "23456789") for token in tokenizer(text)["input_ids"]}
+        return torch.tensor([*sorted(ids), tokenizer.eos_token_id])
 
     @cached_property
     def _sums(self) -> dict[str, list[tuple[str, int]]]:
@@ -95,10 +155,8 @@ class Arithmetic(Task):
         pool = make(*self.SIZES[self.in_domain], self.POOL + self.TESTS, 0)
         return sums | {"pool": [item for item in pool if item[0] not in tested][: self.POOL]}
 
-    @torch.no_grad()
     def _examples(self, sums: list[tuple[str, int]]) -> Examples:
-        model, tokenizer = self._loaded
-        below = model.model.layers[: len(model.model.layers) - self.adapted]
+        _, tokenizer = self._loaded
         rows, places, labels = [], [], []
         known = {token: i for i, token in enumerate(self._vocabulary.tolist())}
         for expression, result in sums:
@@ -110,18 +168,7 @@ class Arithmetic(Task):
             place = [len(question) - 1 + i for i in range(len(answer))]
             places.append(place + place[-1:] * missing)
             labels.append([known[token] for token in answer] + [-100] * missing)
-        length = max(map(len, rows))
-        ids = torch.tensor([row + [tokenizer.eos_token_id] * (length - len(row)) for row in rows])
-        states = []
-        for part in ids.split(100):
-            x = model.model.embed_tokens(part)
-            positions = torch.arange(length)[None]
-            embedded = model.model.rotary_emb(x, positions)
-            for layer in below:
-                x = layer(x, position_ids=positions, position_embeddings=embedded)
-                x = x[0] if isinstance(x, tuple) else x
-            states.append(x)
-        return Examples((torch.cat(states), torch.tensor(places)), torch.tensor(labels))
+        return Examples((self._states(rows), torch.tensor(places)), torch.tensor(labels))
 
     @cached_property
     def pool(self) -> Examples:
@@ -148,10 +195,3 @@ class Arithmetic(Task):
     @cached_property
     def tests(self) -> dict[str, Examples]:
         return {name: self._examples(self._sums[name]) for name in self.SIZES}
-
-
-class FullArithmetic(Arithmetic):
-    """With adapters on all layers: for a GPU."""
-
-    adapted = 30
-    at_once = 8

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import digits
 import packages
 
-__all__ = ["Split", "Task", "accuracy", "digits", "packages"]
+__all__ = ["Split", "Task", "accuracy", "digits", "packages", "rated_sentences"]
 
 
 class Split(NamedTuple):
@@ -109,22 +109,32 @@ class SentenceClassifier(nn.Module):
         return self.head((states * weight).sum(1) / weight.sum(1))
 
 
+FILES = {
+    "movies": "movieReviewSnippets",
+    "Amazon": "amazonReviewSnippets",
+    "NYT": "nytEditorialSnippets",
+    "tweets": "tweets",
+}
+
+
+def rated_sentences(domain: str) -> list[tuple[str, float]]:
+    """Sentences of ICWSM-2014 with their mean rating from -4 to 4, shuffled; those near 0 are left out."""
+    path = packages.icwsm2014() / f"{FILES[domain]}_GroundTruth.txt"
+    rows = [line.rstrip("\n").split("\t") for line in path.open(encoding="utf-8")]
+    rated = [(text, float(rating)) for _, rating, text in rows if abs(float(rating)) >= 0.5]
+    random.Random(0).shuffle(rated)
+    return rated
+
+
 class Sentiment(Task):
     """ICWSM-2014, binary: trained on movie reviews, tested on three other domains too.
 
-    The human ratings run from -4 to 4; sentences rated within 0.5 of zero are left out. Adapters
-    are on the last two of MiniLM's six layers.
+    Adapters are on the last two of MiniLM's six layers.
     """
 
     in_domain = "movies"
     out_of_domain = ("Amazon", "NYT", "tweets")
     targets, heads, rank = ("query", "key", "value", "dense"), ("head",), 8
-    FILES: ClassVar = {
-        "movies": "movieReviewSnippets",
-        "Amazon": "amazonReviewSnippets",
-        "NYT": "nytEditorialSnippets",
-        "tweets": "tweets",
-    }
     LAYERS_LEFT_ALONE = 4
     LONGEST = 32
     TESTS = 400
@@ -150,11 +160,7 @@ class Sentiment(Task):
 
     def _read(self, domain: str, start: int, count: int) -> Examples:
         """A part of the shuffled sentences of one domain."""
-        path = packages.icwsm2014() / f"{self.FILES[domain]}_GroundTruth.txt"
-        rows = [line.rstrip("\n").split("\t") for line in path.open(encoding="utf-8")]
-        rated = [(text, float(rating)) for _, rating, text in rows if abs(float(rating)) >= 0.5]
-        random.Random(0).shuffle(rated)
-        rated = rated[start : start + count]
+        rated = rated_sentences(domain)[start : start + count]
         return self._examples([text for text, _ in rated], torch.tensor([int(r > 0) for _, r in rated]))
 
     @torch.no_grad()
@@ -179,4 +185,4 @@ class Sentiment(Task):
 
     @cached_property
     def tests(self) -> dict[str, Examples]:
-        return {domain: self._read(domain, 0, self.TESTS) for domain in self.FILES}
+        return {domain: self._read(domain, 0, self.TESTS) for domain in FILES}

@@ -24,7 +24,7 @@ class FlatLoRACallback(Callback):  # type: ignore[misc]
         self._log_interval = log_interval
         self._watch: Any = None
         self._metrics: dict[str, float] | None = None
-        self._batch = 0
+        self._wanted = False
         self.optimizer: FlatLoRAOptimizer | None = None
         """The one in use, if any."""
 
@@ -38,7 +38,7 @@ class FlatLoRACallback(Callback):  # type: ignore[misc]
         optimizer.step_count = state.timestamp.batch.value
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        self._batch = state.timestamp.batch.value + 1
+        self._wanted = (state.timestamp.batch.value + 1) % self._log_interval == 0
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self._metrics is not None:
@@ -59,8 +59,8 @@ class FlatLoRACallback(Callback):  # type: ignore[misc]
         return self.optimizer
 
     def _measure(self, optimizer: FlatLoRAOptimizer, args: Any, kwargs: Any) -> None:
-        if self._batch % self._log_interval == 0:
-            self._metrics = metrics_of(optimizer)
+        if self._wanted:
+            self._metrics, self._wanted = metrics_of(optimizer), False
 
     def _take_out(self, state: State) -> None:
         if self.optimizer is not None:

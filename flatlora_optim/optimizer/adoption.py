@@ -90,6 +90,7 @@ class Adoption(NoiseState):
             _exchange(self._wrapper, self, self.base)
         self._wrapper = None
         take_state(self.param_groups)
+        self._is_detached = True
         for group, sigma in zip(self.param_groups, self._own_sigmas, strict=False):
             if sigma is not None:
                 group[SIGMA] = sigma

@@ -42,8 +42,8 @@ LATE = (
     "Switch adapters between steps"
 )
 REPLACED = (
-    "the model's adapters are not those in the optimizer, so that nothing would be learned: something has "
-    "put new tensors in their place, as PEFT does when it loads a checkpoint over adapters of another dtype. "
+    "the model's adapters are not those in the optimizer, so that they would learn nothing: something has put "
+    "new tensors in their place, as PEFT does when it loads a checkpoint over adapters of another dtype. "
     "Build the base optimizer and the FlatLoRAOptimizer after that"
 )
 
@@ -56,22 +56,39 @@ class Adapters:
     """
 
     def __init__(self, targets: Iterable[Target], optimized: set[int]) -> None:
-        layers = (sharing.layer for target in targets for sharing in target.sharing)
-        inside = (p for layer in layers for p in layer.parameters())
-        found = {id(p): p for p in inside} | {id(p): p for t in targets for p in t.all_parameters()}
-        self._known = [weakref.ref(p) for number, p in found.items() if number in optimized]
+        self._known = {
+            target: [weakref.ref(p) for p in _adapters_of([target]).values() if id(p) in optimized]
+            for target in targets
+        }
 
     def ids(self) -> set[int]:
         """Those of the parameters that are still there."""
-        return {id(p) for reference in self._known if (p := reference()) is not None}
+        return {
+            id(p) for known in self._known.values() for reference in known if (p := reference()) is not None
+        }
 
-    def were_replaced(self, model: nn.Module, targets: Iterable[Target]) -> bool:
-        """Whether the model has adapters that learn, but none of those."""
+    def replaced(
+        self, model: nn.Module, targets: Iterable[Target], groups: Sequence[dict[str, Any]]
+    ) -> list[Target]:
+        """The targets whose adapters learn, but are others than those that the optimizer was built for."""
         present = {id(parameter) for parameter in model.parameters()}
-        if not present.isdisjoint(self.ids()):
-            return False
-        now = (p for target in targets for p in target.all_parameters())
-        return any(p.requires_grad and id(p) in present for p in now)
+        # Accelerate puts the parameters that FSDP2 made into the groups; DeepSpeed, others than the model's.
+        present_and_known = present & (self.ids() | {id(p) for group in groups for p in group["params"]})
+        found = []
+        for target in targets:
+            before = {id(p) for reference in self._known[target] if (p := reference()) is not None}
+            now = [p for p in target.all_parameters() if p.requires_grad and id(p) in present]
+            if now and before.isdisjoint(present) and present_and_known.isdisjoint(id(p) for p in now):
+                found.append(target)
+        return found
+
+
+def _adapters_of(targets: Iterable[Target]) -> dict[int, Tensor]:
+    """The parameters of all adapters, active or not, by their ids."""
+    targets = list(targets)
+    layers = (sharing.layer for target in targets for sharing in target.sharing)
+    inside = {id(p): p for layer in layers for p in layer.parameters()}
+    return inside | {id(p): p for target in targets for p in target.all_parameters()}
 
 
 def complaint_of_step(
@@ -94,7 +111,7 @@ def complaint_of_step(
             reason = IN_TRANSFORM
         return "", reason
     if unseen := _unseen(noises, perturbations):
-        return _names(unseen), UNSEEN
+        return names_of(unseen), UNSEEN
     if None not in noises:
         return None
     targets = (perturbation.target for perturbation in perturbations)
@@ -103,7 +120,7 @@ def complaint_of_step(
         for target, noise, sigma in zip(targets, noises, sigmas(), strict=True)
         if noise is None and sigma > 0 and not target.merged and target.has_gradient()
     ]
-    return (_names(late), LATE) if late else None
+    return (names_of(late), LATE) if late else None
 
 
 def _unseen(noises: Sequence[Noise | None], perturbations: Sequence[Perturbation]) -> list[Target]:
@@ -131,7 +148,7 @@ class Coverage(NamedTuple):
 
 def coverage(targets: Sequence[Target], parameters: Sequence[Tensor]) -> Coverage:
     """Counts the trained parameters of two and more dims, and those that belong to the targets."""
-    covered = {id(p) for target in targets for p in target.all_parameters()}
+    covered = _adapters_of(targets)
     trained = [p for p in parameters if p.ndim > 1]
     return Coverage(
         sum(id(p) in covered for p in trained),
@@ -150,7 +167,10 @@ def complaints_of_build(
         own_sigma: Which of them came with a sigma of their own that is neither 0 nor that of the rest.
     """
     parameters = [p for group in groups for p in group["params"]]
-    if pairs := list(_foreign_pairs(model, parameters)):
+    covered = _adapters_of(targets)
+    own = covered.keys() | {id(p) for p in model.parameters()}
+    pairs = list(_foreign_pairs(own, parameters))
+    if len(pairs) > 1:  # a single one may be a bottleneck
         shapes = ", ".join(f"{tuple(a.shape)} and {tuple(b.shape)}" for a, b in pairs[:2])
         yield (
             f"base trains {len(pairs)} pairs of matrices that look like LoRA ({shapes}"
@@ -158,9 +178,8 @@ def complaints_of_build(
             f"{coverage(targets, parameters)}. If another model is trained, too, pass both: "
             "FlatLoRAOptimizer(base, [unet, text_encoder], ...)"
         )
-    covered = {id(p) for target in targets for p in target.all_parameters()}
     for number, (group, is_own) in enumerate(zip(groups, own_sigma, strict=True)):
-        if is_own and covered.isdisjoint(id(p) for p in group["params"]):
+        if is_own and not any(id(p) in covered for p in group["params"]):
             yield (
                 f"param group {number} has sigma={group[SIGMA]}, but no parameter of a perturbed adapter is "
                 f"in it (it has {len(group['params'])} parameters). Look at the names in "
@@ -168,16 +187,18 @@ def complaints_of_build(
             )
 
 
-def _foreign_pairs(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Neighbours of shapes ``(r, n)`` and ``(m, r)``, of low rank, that are not the model's."""
-    own = {id(p) for p in model.parameters()}
-    matrices = [p for p in parameters if p.ndim == 2 and id(p) not in own]
-    for a, b in pairwise(matrices):
-        rank = a.shape[0]
-        if b.shape[1] == rank and 2 * rank <= min(a.shape[1], b.shape[0]):
-            yield a, b
+def _foreign_pairs(own: set[int], parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Neighbours of shapes ``(r, n)`` and ``(m, r)``, of low rank, that are not the model's own.
+
+    Heads have a bias between two matrices.
+    """
+    for a, b in pairwise(p for p in parameters if id(p) not in own):
+        if a.ndim == b.ndim == 2:
+            rank = a.shape[0]
+            if b.shape[1] == rank and 2 * rank <= min(a.shape[1], b.shape[0]):
+                yield a, b
 
 
-def _names(targets: Iterable[Target]) -> str:
+def names_of(targets: Iterable[Target]) -> str:
     names = [target.name for target in targets]
     return f"{', '.join(names[:3])}{' …' if names[3:] else ''}: "

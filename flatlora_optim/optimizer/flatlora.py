@@ -23,7 +23,7 @@ from ..targets import Target, sharding
 from . import diagnostics, hooks, other_steps
 from .adoption import Adoption
 from .checks import check_choice
-from .param_groups import SCHEDULE, SIGMA, initial_state, put_state, take_state
+from .param_groups import SIGMA, initial_state, put_state, take_state
 from .schedule import Schedule
 from .wrapper import changes_nothing, check_base, has_zero_gradients
 
@@ -338,9 +338,11 @@ class FlatLoRAOptimizer(Adoption):
 
     def _check_adapters(self) -> None:
         """Raises RuntimeError if the step would update parameters that are no longer the model's."""
-        if not any(self._noises or ()) and self._adapters.were_replaced(self._model, self.targets):
+        pairs = zip(self.targets, self._noises or [None] * len(self.targets), strict=True)
+        without = [target for target, noise in pairs if noise is None]
+        if without and (replaced := self._adapters.replaced(self._model, without, self.param_groups)):
             self.restore()
-            raise RuntimeError(diagnostics.REPLACED)
+            raise RuntimeError(diagnostics.names_of(replaced) + diagnostics.REPLACED)
 
     def _call_perturbed(self, closure: Closure) -> Any:
         self._forwards.explicit = False  # the noise of a `perturb()` before ends with this step
@@ -450,7 +452,7 @@ class FlatLoRAOptimizer(Adoption):
             f"matrices, {covered.elements:,} elements ({how}); {covered}\n"
             f"  not perturbed: {skipped}\n"
             f"  noise: {self._noise_description()}; sigma {self._settings()['sigma']}, "
-            f"schedule {self.param_groups[0][SCHEDULE]}\n"
+            f"schedule {self._settings()['schedule']}\n"
             f"  step {self.step_count} of {self.total_steps or '?'}, seed {self.seed}\n"
             f"  base: {type(self.base).__name__}\n)"
         )

@@ -13,8 +13,9 @@ from types import FrameType, MethodType
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ..kernels.uncompiled import uncompiled
@@ -48,6 +49,7 @@ class Forwards:
         self._warned_of_sharded = False
         self.in_transform = False
         """Whether a forward of this step ran inside of ``torch.func``."""
+        self._warned_of_eval = False
         self.are_recomputed = False
         """Whether backward will run those forwards again that record no gradients now."""
 
@@ -60,13 +62,15 @@ class Forwards:
             self._inside(module, self._trains)
             return
         self._thread = threading.get_ident()
+        if _in_transform():
+            self.in_transform = not self.explicit
+            return  # nothing can be written in there
         self.resume()
         if self._weights.is_suspended:
             return  # the user asked for clean weights
         if self._sees_noise(module):
             perturb = self._perturb()
             if not self._weights.is_perturbed and perturb is not None:
-                self._warn_of_eval()
                 perturb()
         elif self._weights.is_perturbed:
             self._suspend_for(module)
@@ -81,7 +85,7 @@ class Forwards:
             return
         if self._suspended_for is not None:
             self.resume()
-        elif failed and self._weights.is_perturbed and not self.explicit:
+        elif failed and self._weights.is_perturbed and not self.explicit and not _in_transform():
             self.reset()
             self._weights.restore()
 
@@ -91,7 +95,7 @@ class Forwards:
         A teacher or reference may begin anywhere inside of a forward that trains. What it begins with is
         clean again; noise comes back with the next layer that trains, or when the forward ends.
         """
-        if not self._weights.is_perturbed:
+        if not self._weights.is_noisy(target):
             return
         self._inside(layer, lambda: next(target.all_parameters(), None) is not None)
         if self._suspended_for is layer and not self.running:
@@ -108,14 +112,16 @@ class Forwards:
     def _inside(self, module: nn.Module, trains: Callable[[], bool]) -> None:
         """What begins inside of another forward sees noise only if it trains."""
         elsewhere = self.running and self._thread != threading.get_ident()
-        if not self._weights.is_perturbed or elsewhere:
+        if not self._weights.is_perturbed or elsewhere or _in_transform():
             return
-        if self._records() and trains():
-            # Not if the outermost forward is that of a clean observer.
-            if not self.running or self._suspended_for is not self.running[0]:
-                self.resume()
-        elif not self._weights.is_suspended and self._can_suspend_inside():
-            self._suspend_for(module)
+        if not self._weights.is_suspended:
+            if not (self._records_gradients() and trains()) and self._can_suspend_inside():
+                self._suspend_for(module)
+            return
+        by_user = self._suspended_for is None
+        by_outermost = bool(self.running) and self._suspended_for is self.running[0]
+        if not (by_user or by_outermost) and self._records_gradients() and trains():
+            self.resume()
 
     def check_replica(self, module: nn.Module) -> None:
         """Raises RuntimeError if the replica should see noise, but was copied from clean weights."""
@@ -166,34 +172,43 @@ class Forwards:
 
     def _sees_noise(self, module: nn.Module) -> bool:
         """Evaluation, no_grad and a reference pass without adapters see clean weights."""
-        if not (self._records() and self._trains()):
+        if not (self._records_gradients() and self._trains()):
             return False
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            self.in_transform = True
-            return self.explicit
         if module.training or self.explicit or self._by_gradient:
             return True
         if not any(module is other for other in self.in_eval):
             self.in_eval.append(module)
         return False
 
-    def _records(self) -> bool:
+    def _records_gradients(self) -> bool:
         """Whether gradients are recorded, or will be by a recomputation."""
         return torch.is_grad_enabled() or self.are_recomputed or _in_autograd_function()
 
     def _trains(self) -> bool:
         return any(True for target in self._weights.targets for _ in target.all_parameters())
 
-    def _warn_of_eval(self) -> None:
-        still = [module for module in self.in_eval if not module.training]
-        if still:
+    def watch_output(self, module: nn.Module, output: Any) -> None:
+        """Explains the error of autograd if the loss goes through this output of a forward in eval mode, and
+        noise has come since."""
+        if self._warned_of_eval or not any(module is other for other in self.in_eval):
+            return
+        forwards = weakref.ref(self)
+
+        def explain(gradient: Tensor) -> None:
+            this = forwards()
+            if this is None or this._warned_of_eval or not this._weights.is_perturbed:
+                return
+            this._warned_of_eval = True
             warnings.warn(
-                f"{type(still[0]).__name__} ran in eval() mode with gradients, and so without noise, which "
-                "comes now. If the loss goes through both, its backward pass fails, because 'a variable has "
-                "been modified by an inplace operation'. Train it in train() mode, or build "
-                'FlatLoRAOptimizer(..., auto="grad")',
+                f"{type(module).__name__} ran in eval() mode, and so without noise, which came after it. Its "
+                "backward pass fails now: '... modified by an inplace operation'. Train it in "
+                'train() mode, or build FlatLoRAOptimizer(..., auto="grad")',
                 stacklevel=2,
             )
+
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(explain)
 
     def _drop_interrupted(self, module: nn.Module) -> None:
         """Forgets forwards that an interrupt kept from ending.
@@ -226,6 +241,11 @@ def _modules_under_way() -> Counter[int] | None:
     return counts
 
 
+def _in_transform() -> bool:
+    """Whether a transform of ``torch.func`` is under way, in which tensors are not what they seem."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _in_autograd_function() -> bool:
     """Whether gradients are off because the forward of an ``autograd.Function`` is under way, as in
     reentrant checkpointing, and not because the user said so."""
@@ -233,7 +253,10 @@ def _in_autograd_function() -> bool:
     while frame is not None:
         code = frame.f_code
         if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
-            return isinstance(frame.f_locals.get("ctx"), FunctionCtx)
+            ctx = frame.f_locals.get("ctx")
+            # Without edges, gradients were off when it was called: ask the one around it.
+            if isinstance(ctx, FunctionCtx) and getattr(ctx, "next_functions", None):
+                return True
         frame = frame.f_back
     return False
 
@@ -302,6 +325,7 @@ class _AfterForward(_ModelHook):
             # torch calls the hook without an output for an exception on its way out.
             failed = output is None and sys.exc_info()[0] is not None
             optimizer._forwards.ends(module, failed)
+            optimizer._forwards.watch_output(module, output)
 
 
 class _BeforeLayer(_ModelHook):
@@ -312,8 +336,10 @@ class _BeforeLayer(_ModelHook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return  # it must not break the graph at each layer
-        optimizer, target = self._optimizer(), self._target()
-        if optimizer is not None and target is not None and not _is_replica(module):
+        optimizer = self._optimizer()
+        if optimizer is None or not optimizer._weights.is_perturbed or "_is_replica" in module.__dict__:
+            return
+        if (target := self._target()) is not None:
             optimizer._forwards.layer_begins(module, target)
 
 
@@ -342,25 +368,25 @@ class _CleanStateDict(_ModelHook):
                     state[key] = clean
 
 
-class _BeforeMerge(_ModelHook):
+class _BeforeMerge:
     """Stands before the ``merge`` of an adapter layer: what is merged into must carry no noise."""
 
-    def __init__(self, optimizer: Owner, layer: nn.Module) -> None:
-        super().__init__(optimizer)
+    def __init__(self, layer: nn.Module) -> None:
         self._layer = weakref.ref(layer)
+        self.optimizers: weakref.WeakSet[Owner] = weakref.WeakSet()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if (optimizer := self._optimizer()) is not None:
-            optimizer.restore()
+        for optimizer in self.optimizers:
+            if optimizer.is_perturbed:
+                optimizer.restore()
         return _merge_of(self._layer())(*args, **kwargs)
 
     # In copies, the method is that of the copied layer.
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        self._refuse_while_perturbed("copy")
-        return _merge_of(memo[id(self._layer())])
+        layer = self._layer()
+        return _merge_of(memo.get(id(layer), layer))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        self._refuse_while_perturbed("pickle")
         return _merge_of, (self._layer(),)
 
 
@@ -368,15 +394,21 @@ def _merge_of(layer: Any) -> Any:
     return MethodType(type(layer).merge, layer)
 
 
-class _Unhook:
-    """Takes a ``_BeforeMerge`` away again."""
+class _MergeHandle:
+    """Takes an optimizer out of a ``_BeforeMerge``, and that away with the last."""
 
-    def __init__(self, layer: nn.Module, hook: _BeforeMerge) -> None:
-        self._layer, self._hook = weakref.ref(layer), hook
+    def __init__(self, layer: nn.Module, hook: _BeforeMerge, optimizer: Owner) -> None:
+        self._layer, self._hook, self._optimizer = weakref.ref(layer), hook, weakref.ref(optimizer)
 
     def remove(self) -> None:
-        layer = self._layer()
-        if layer is not None and layer.__dict__.get("merge") is self._hook:
+        layer, optimizer = self._layer(), self._optimizer()
+        if optimizer is not None:
+            self._hook.optimizers.discard(optimizer)
+        if (
+            layer is not None
+            and not list(self._hook.optimizers)
+            and layer.__dict__.get("merge") is self._hook
+        ):
             del layer.__dict__["merge"]
 
 
@@ -427,8 +459,11 @@ def hook_merges(optimizer: Owner) -> list[Handle]:
         for sharing in target.sharing:
             layer = sharing.layer
             if callable(getattr(type(layer), "merge", None)):
-                hook = layer.__dict__["merge"] = _BeforeMerge(optimizer, layer)
-                handles.append(_Unhook(layer, hook))
+                hook = layer.__dict__.get("merge")
+                if not isinstance(hook, _BeforeMerge):
+                    hook = layer.__dict__["merge"] = _BeforeMerge(layer)
+                hook.optimizers.add(optimizer)
+                handles.append(_MergeHandle(layer, hook, optimizer))
     return handles
 
 

@@ -5,6 +5,7 @@ Its noise would neither come nor go: one fixed noise for the whole run, kept at 
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -43,7 +44,7 @@ class Watch:
         optimizer = self._optimizer()
         if optimizer is not None:
             _watched.discard(optimizer)
-        if not _watched and _handle is not None:
+        if not list(_watched) and _handle is not None:
             _handle.remove()
             _handle = None
 
@@ -61,8 +62,9 @@ def _check(stepping: Optimizer, args: Any, kwargs: Any) -> None:
     if any(isinstance(each, OptimizerWrapper) for each in _nested(stepping)):
         return
     parameters = None
-    for optimizer in list(_watched):
-        if optimizer._steps_base or changes_nothing(stepping.param_groups):
+    for reference in [weakref.ref(optimizer) for optimizer in _watched]:
+        optimizer = reference()
+        if optimizer is None or optimizer._steps_base:
             continue
         if stepping is not optimizer.base:
             if not optimizer.expects_steps:
@@ -71,9 +73,16 @@ def _check(stepping: Optimizer, args: Any, kwargs: Any) -> None:
                 parameters = {id(p) for group in stepping.param_groups for p in group["params"]}
             if parameters.isdisjoint(optimizer._adapters.ids()):
                 continue
+        if changes_nothing(stepping.param_groups):
+            continue
+        is_base = stepping is optimizer.base
+        del optimizer
+        gc.collect()
+        if reference() is None:
+            continue  # it was forgotten, in a reference cycle, so that nobody could close it
         who = (
             "the base optimizer was stepped by itself"
-            if stepping is optimizer.base
+            if is_base
             else f"{type(stepping).__name__} steps adapters that belong to a FlatLoRAOptimizer"
         )
         raise RuntimeError(
@@ -86,6 +95,7 @@ def _nested(optimizer: Any) -> Iterator[Any]:
     """The optimizer, and what it wraps."""
     for _ in range(8):
         yield optimizer
-        optimizer = vars(optimizer).get("optimizer") or vars(optimizer).get("_optimizer")
+        inside = getattr(optimizer, "__dict__", {})
+        optimizer = inside.get("optimizer") or inside.get("_optimizer")
         if optimizer is None:
             return

@@ -42,13 +42,15 @@ class NoiseState(OptimizerWrapper):
         super().__init__(base)
         self._defaults_for_groups = initial
         self._schedule = schedule
+        self._is_detached = False
         self._homes = WeakTensorKeyDictionary()
         self._remember_homes()
 
     def _filled_groups(self) -> list[dict[str, Any]]:
         """The param groups; those that came from elsewhere are given what they lack."""
-        fill_groups(self.param_groups, self._defaults_for_groups)
-        return self.param_groups
+        groups = [dict(group) for group in self.param_groups] if self._is_detached else self.param_groups
+        fill_groups(groups, self._defaults_for_groups)
+        return groups
 
     @property
     def step_count(self) -> int:
@@ -206,7 +208,7 @@ class NoiseState(OptimizerWrapper):
         return {
             "total_steps": self.total_steps,
             "sigma": sigmas if len(set(sigmas)) > 1 else sigmas[0],
-            "schedule": self.param_groups[0][SCHEDULE],
+            "schedule": self._filled_groups()[0][SCHEDULE],
             "seed": self.seed,
         }
 

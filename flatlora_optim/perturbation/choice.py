@@ -36,6 +36,7 @@ def choose_perturbations(
             perturbation = choose_perturbation(target, mode, restore)
             if isinstance(perturbation, VirtualPerturbation):
                 _check_fused(model, target)
+                perturbation.is_called_by_users = _is_called_by_users(model, target)
             for sharing in target.sharing:
                 sharing.check()
             perturbations.append(perturbation)
@@ -54,6 +55,13 @@ def choose_perturbations(
             f"the base optimizer.{skipped}"
         )
     return perturbations, found
+
+
+def _is_called_by_users(model: nn.Module, target: Target) -> bool:
+    """Whether nothing calls the layer but the user."""
+    path = target.name.split(".") if target.name else []
+    above = [model.get_submodule(".".join(path[:end])) for end in range(len(path))]
+    return all(type(module).forward is nn.Module.forward for module in above)
 
 
 def _check_fused(model: nn.Module, target: Target) -> None:

@@ -53,6 +53,7 @@ class NoisyWeights:
         self.seconds = 0.0
         """Time spent on noise so far."""
         self._noises: Sequence[Noise | None] = ()
+        self._noisy: set[int] = set()
         self._suspension: ExitStack | None = None
         self._clean_versions: list[int] = []
 
@@ -111,6 +112,8 @@ class NoisyWeights:
             noises: One for each weight; None leaves it as it is.
         """
         self._noises = noises
+        pairs = zip(self.targets, noises, strict=True)
+        self._noisy = {id(target) for target, noise in pairs if noise is not None}
         self._put_on(ExitStack())
 
     def restore(self) -> None:
@@ -157,10 +160,19 @@ class NoisyWeights:
         guard, self._suspension = self._suspension, None
         if guard is None or not self.is_perturbed:
             return
+        if any(target.merged for target in self.targets):
+            # An adapter was merged meanwhile: no noise until it is out again. Earlier graphs must fail.
+            guard.pop_all()
+            self.restore()
+            return
         if self._versions() != self._clean_versions:
             # New weights were loaded meanwhile: backward passes through the old ones must fail.
             guard.pop_all()
         self._put_on(guard)
+
+    def is_noisy(self, target: Target) -> bool:
+        """Whether the target has noise in the step that is under way."""
+        return self.is_perturbed and id(target) in self._noisy
 
     def check_resolution(self, noises: Sequence[Noise | None], strength: float) -> None:
         """Warns if 16-bit weights would round away most of ``strength`` times the noise."""
@@ -201,7 +213,9 @@ class NoisyWeights:
         self.is_perturbed = True
         try:
             with self.timed():
-                apply_all(self.perturbations, self._noises)
+                # A merged layer trains nothing, and unmerging it would look like somebody else's write.
+                pairs = zip(self.targets, self._noises, strict=True)
+                apply_all(self.perturbations, [None if target.merged else noise for target, noise in pairs])
             versions.close()
             seal_all(self.perturbations)
         except BaseException:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 from ..kernels.part import Part, refuse_capture
 from ..kernels.uncompiled import uncompiled
@@ -46,7 +47,12 @@ class VirtualPerturbation(Perturbation):
         if target.weight.kind == "experts":
             raise UnsupportedAdapterError("PEFT makes this weight anew in each forward; perturb it in place")
         self._noise: Noise | None = None
+        self._was_in_forward = False
+        self._handles: list[RemovableHandle] = []
         self.was_seen = False
+        self._after: dict[nn.Module, Callable[..., Tensor]] = {}
+        self.is_called_by_users = False
+        """Whether noise may come when the module's call is under way, and has looked up its forward."""
         # Made once, so that a compiled model meets the same functions at every step.
         self._forwards = {each.computes: self._forward(each) for each in target.sharing}
 
@@ -62,30 +68,53 @@ class VirtualPerturbation(Perturbation):
                 clean: Tensor = own(*args, **kwargs)
                 return clean
             refuse_capture(self.target.weight.device)
-            self.was_seen = True
-            x = args[0] if args else next(iter(kwargs.values()))
+            self.was_seen = self._was_in_forward = True
+            x = _first(args, kwargs)
             if instead is not None and getattr(own, "__func__", None) is type(module).forward:
                 return instead(target.owner, weight, noise, x)
-            output: Tensor = own(*args, **kwargs)
+            return with_noise(x, own(*args, **kwargs))
+
+        def with_noise(x: Tensor, output: Tensor) -> Tensor:
+            assert self._noise is not None
             x = x.to(output.dtype) if x.is_floating_point() else x
             with _no_autocast(output):
-                return output + on_top(target.owner, weight, noise, x).to(output.dtype)
+                return output + on_top(target.owner, weight, self._noise, x).to(output.dtype)
 
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            was_in_forward, self._was_in_forward = self._was_in_forward, False
+            if was_in_forward or self._noise is None:
+                return output
+            refuse_capture(self.target.weight.device)
+            self.was_seen = True
+            return with_noise(_first(args, kwargs), output)
+
+        self._after[module] = uncompiled(after)
         # Tracing would bake one step's noise into the graph.
         return uncompiled(forward)
 
     def apply(self, noise: Noise) -> Sequence[Part]:
         if any("flatlora_forward" in module.__dict__ for module in self._forwards):
             raise self.already_noisy()
-        self._noise = noise
+        self._noise, self._was_in_forward = noise, False
         for module, forward in self._forwards.items():
             _replace_forward(module, forward)
+            if self.is_called_by_users:
+                after = self._after[module]
+                self._handles.append(module.register_forward_hook(after, with_kwargs=True))
         return ()
 
     def forget(self) -> None:
         for module, forward in self._forwards.items():
             _put_forward_back(module, forward)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         self._noise = None
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
 
 
 def _replace_forward(owner: nn.Module, forward: Forward) -> None:
