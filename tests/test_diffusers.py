@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from torch import Tensor, nn
 
 from helpers import assert_equal_tensors, changed_weights, fingerprint, flatlora, randomize_adapters
