@@ -129,7 +129,12 @@ def statistics() -> Record:
         expected = math.erfc(bound / math.sqrt(2))
         share = float((z.abs() > bound).double().mean())
         errors[f"beyond {bound} σ"] = (share - expected) / math.sqrt(expected * (1 - expected) / n)
-    return {"standard errors": errors, "largest": float(z.abs().max()), "numbers": n, "same as C": _same_as_c()}
+    return {
+        "standard errors": errors,
+        "largest": float(z.abs().max()),
+        "numbers": n,
+        "same as C": _same_as_c(),
+    }
 
 
 def _same_as_c() -> bool | None:
@@ -139,7 +144,10 @@ def _same_as_c() -> bool | None:
 
     if not native.is_available():
         return None
-    ours, theirs = torch.empty(5000 if TINY else 1 << 22, device=DEVICE), torch.empty(5000 if TINY else 1 << 22)
+    ours, theirs = (
+        torch.empty(5000 if TINY else 1 << 22, device=DEVICE),
+        torch.empty(5000 if TINY else 1 << 22),
+    )
     kernels_of(ours.device).fill(ours, NoiseKey(3, 70_000, 2), 5)
     native.fill(theirs, NoiseKey(3, 70_000, 2), 5)
     return torch.equal(_bits(ours.cpu()), _bits(theirs))
@@ -246,7 +254,9 @@ def settings() -> Record:
         return {"skipped": str(error)}
     record: Record = {}
     shapes = SHAPES[:2] if TINY else LLAMA_BLOCK * 4
-    choices: list[tuple[str, Any]] = [("TILE", 4096)] if TINY else [("TILE", size) for size in (2048, 4096, 8192)]
+    choices: list[tuple[str, Any]] = (
+        [("TILE", 4096)] if TINY else [("TILE", size) for size in (2048, 4096, 8192)]
+    )
     choices += [] if TINY else [("_ROWS", 32), ("_ROWS", 128), ("_COLUMNS", 32), ("_COLUMNS", 128)]
     for attribute, value in choices:
         before = getattr(kernels, attribute)
@@ -392,7 +402,9 @@ PARTS: dict[str, Callable[[], Record]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tiny", action="store_true", help="small shapes, on the CPU, into outputs/")
     parser.add_argument("--only", help=f"comma-separated parts of {','.join(PARTS)}")
     parser.add_argument("--out", type=Path, help="the folder for the results")
@@ -496,7 +508,10 @@ def _engine_table(record: Record) -> list[str]:
     for name, values in named.items():
         title = "norms, perturb and restore" if name == "ours" else name
         lines.append(f"| {title} | {1e3 * _median(values):.2f} | {ratio(values, copy):.2f} |")
-    lines += ["", f"Peak memory of the first cycle: {record['memory'] / record['bytes']:.1%} of the weights; held: "]
+    lines += [
+        "",
+        f"Peak memory of the first cycle: {record['memory'] / record['bytes']:.1%} of the weights; held: ",
+    ]
     lines[-1] += f"{record['held'] / record['bytes']:.1%}."
     for phase, count in record["counts"].items():
         lines += ["", f"{phase}: {count.get('launches', '–')} launches, {count.get('waits')} waits."]
@@ -515,13 +530,24 @@ def _exactness_table(record: Record) -> list[str]:
 def _statistics_table(record: Record) -> list[str]:
     lines = ["| | off by so many standard errors |", "|---|---|"]
     lines += [f"| {name} | {error:+.2f} |" for name, error in record["standard errors"].items()]
-    bits = {True: "the same bits as", False: "**other bits than**", None: "not compared with"}[record["same as C"]]
-    return [*lines, "", f"The largest of {record['numbers']:,}: {record['largest']:.2f} σ; {bits} native code."]
+    bits = {True: "the same bits as", False: "**other bits than**", None: "not compared with"}[
+        record["same as C"]
+    ]
+    return [
+        *lines,
+        "",
+        f"The largest of {record['numbers']:,}: {record['largest']:.2f} σ; {bits} native code.",
+    ]
 
 
 def _steps_table(record: Record) -> list[str]:
     plain = record["seconds"]["plain LoRA"]
-    lines = [f"{record['tokens']:,} tokens.", "", "| | s, median | times plain LoRA | peak memory, GB |", "|---|---|---|---|"]
+    lines = [
+        f"{record['tokens']:,} tokens.",
+        "",
+        "| | s, median | times plain LoRA | peak memory, GB |",
+        "|---|---|---|---|",
+    ]
     for name, values in record["seconds"].items():
         memory = record["memory"].get(name, math.nan) / 1e9
         lines.append(f"| {name} | {_median(values):.3f} | {ratio(values, plain):.3f} | {memory:.2f} |")

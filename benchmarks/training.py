@@ -21,9 +21,13 @@ OURS: dict[str, dict[str, Any]] = {
     "exact, table": {"noise": "table"},
     "snapshot, table": {"restore": "snapshot", "noise": "table"},
     "subtract, gaussian": {"restore": "subtract"},
-    "virtual, gaussian": {"mode": "virtual"},
+    "virtual, gaussian": {"mode": "virtual", "noise": "gaussian"},
     "virtual, table": {"mode": "virtual", "noise": "table"},
+    "virtual, low rank": {"mode": "virtual", "noise": "low_rank"},
 }
+NF4 = "nf4"
+_FOR_NF4 = (PLAIN, "virtual, gaussian", "virtual, low rank")
+"""What runs on quantized weights."""
 _SAM_RADIUS = 0.05
 
 Gradient = Callable[[], None]
@@ -31,27 +35,32 @@ Step = Callable[[Gradient], None]
 
 
 def run(device: str, quick: bool) -> list[dict[str, Any]]:
-    base = _tiny() if quick else _smollm2()
+    base = _tiny() if quick else smollm2()
     base = base.to(device)
     name = "2 layers of SmolLM2-135M" if quick else "SmolLM2-135M"
     half = with_lora(copy.deepcopy(base).to(torch.bfloat16))
+    packed = with_lora(in_nf4(copy.deepcopy(base)))
     model = with_lora(base)
     # (tokens, rounds): bf16 for its memory alone, which depends little on the number of tokens.
-    plan = [(model, 32, 2), (half, 32, 0)] if quick else [(model, 256, 2), (model, 1024, 4), (half, 16, 0)]
+    plan = [(model, 32, 2), (half, 32, 0), (packed, 32, 2)]
+    if not quick:
+        plan = [(model, 256, 4), (model, 1024, 4), (half, 16, 0), (packed, 256, 8), (packed, 1024, 4)]
     return [{"model": name, **_measure(m, tokens, rounds, device)} for m, tokens, rounds in plan]
 
 
 def _measure(model: nn.Module, tokens: int, rounds: int, device: str) -> dict[str, Any]:
-    dtype = str(next(p for p in model.parameters() if not p.requires_grad).dtype).removeprefix("torch.")
+    is_packed = any(hasattr(p, "quant_state") for p in model.parameters())
+    frozen = next(p for p in model.parameters() if not p.requires_grad)
+    dtype = NF4 if is_packed else str(frozen.dtype).removeprefix("torch.")
     print(f"  {tokens} tokens, {dtype}", flush=True)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 40000, (1, tokens), generator=generator).to(device)
     steps: dict[str, Callable[[], None]] = {}
     memory: dict[str, int] = {}
     for variant, build in VARIANTS.items():
-        if "table" in variant and device != "cpu":
+        if ("table" in variant and device != "cpu") or (is_packed and variant not in _FOR_NF4):
             continue
-        own = twin(model)
+        own = copy.deepcopy(model) if is_packed else twin(model)
 
         def first_step(
             variant: str = variant, build: Callable[[nn.Module], Step] = build, own: nn.Module = own
@@ -151,7 +160,7 @@ VARIANTS: dict[str, Callable[[nn.Module], Step]] = {
 # ---------------------------------------------------------------------- the model
 
 
-def _smollm2() -> nn.Module:
+def smollm2() -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     import packages
@@ -160,6 +169,26 @@ def _smollm2() -> nn.Module:
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
+    return model
+
+
+def in_nf4(model: nn.Module) -> nn.Module:
+    """All Linear layers but the output's in 4 bits, computing in float32, as bitsandbytes has them."""
+    import bitsandbytes as bnb
+
+    for name, child in list(model.named_children()):
+        if not isinstance(child, nn.Linear):
+            in_nf4(child)
+        elif name != "lm_head":
+            layer = bnb.nn.Linear4bit(
+                child.in_features, child.out_features, False, compute_dtype=torch.float32, quant_type="nf4"
+            )
+            layer.weight = bnb.nn.Params4bit(
+                child.weight.detach(), requires_grad=False, quant_type="nf4", module=layer
+            )
+            # On some CPUs, it would repack the weights for a kernel without gradients.
+            layer.support_avx512bf16_for_cpu = False
+            setattr(model, name, layer.to(child.weight.device))
     return model
 
 

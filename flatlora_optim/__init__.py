@@ -13,7 +13,7 @@ The packages, each of which uses those before it only:
 ================  ====================================================================
 """
 
-from .noise import GaussianNoise, NoiseKey, NoiseSource, NoiseTable
+from .noise import GaussianNoise, LowRankNoise, NoiseKey, NoiseSource, NoiseTable
 from .optimizer import FlatLoRAOptimizer
 from .perturbation import WeightChangedError
 from .targets import Target, find_targets, register, register_target_type
@@ -21,6 +21,7 @@ from .targets import Target, find_targets, register, register_target_type
 __all__ = [
     "FlatLoRAOptimizer",
     "GaussianNoise",
+    "LowRankNoise",
     "NoiseKey",
     "NoiseSource",
     "NoiseTable",

@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from torch import nn
 
 import flatlora_optim
 from flatlora_optim import FlatLoRAOptimizer
@@ -52,7 +51,9 @@ def test_blocks_run_and_print_what_is_recorded(
 def test_code_that_is_not_run_says_why() -> None:
     marked = 0
     for path in [ROOT / "README.md", *DOCS.glob("**/*.md")]:
-        for language, code in re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(encoding="utf-8"), re.M | re.S):
+        for language, code in re.findall(
+            r"^```(\w*)\n(.*?)^```$", path.read_text(encoding="utf-8"), re.M | re.S
+        ):
             if language == "py":
                 marked += 1
                 assert code.startswith("# not run by the tests, as it "), f"{path.name}: {code[:80]}"
@@ -76,7 +77,9 @@ def reader(tmp_path: Path) -> dict[str, Any]:
         "Trainer": {
             "Trainer": Trainer,
             "model": model,
-            "args": TrainingArguments(str(tmp_path), max_steps=2, logging_steps=2, report_to="none", use_cpu=True),
+            "args": TrainingArguments(
+                str(tmp_path), max_steps=2, logging_steps=2, report_to="none", use_cpu=True
+            ),
             "dataset": rows,
         },
         "loop": {

@@ -28,7 +28,13 @@ def space(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     model = lora_mlp()
     base = torch.optim.SGD(trainable(model), lr=1e-3)
     space = {"torch": torch, "nn": nn, "FlatLoRAOptimizer": FlatLoRAOptimizer, "GaussianNoise": None}
-    return space | {"model": model, "base": base, "new_base": lambda: base, "loss_fn": F.cross_entropy, "batches": [mlp_batch(3)]}
+    return space | {
+        "model": model,
+        "base": base,
+        "new_base": lambda: base,
+        "loss_fn": F.cross_entropy,
+        "batches": [mlp_batch(3)],
+    }
 
 
 def run(code: str, space: dict[str, Any]) -> None:

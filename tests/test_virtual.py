@@ -1,4 +1,4 @@
-"""Virtual mode on dense weights: the two modes check each other."""
+"""Virtual mode on dense weights: the two modes check each other, for both kinds of noise in the forward."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import helpers
 from flatlora_optim import FlatLoRAOptimizer, register
 from helpers import (
     OwnLoRA,
     assert_equal_tensors,
     changed_weights,
     fingerprint,
-    flatlora,
     gradients,
     lora_convnet,
     lora_gpt2,
@@ -29,6 +29,22 @@ from helpers import (
     trainable,
     with_lora,
 )
+
+NOISES = ["gaussian", "low_rank"]
+
+
+class Chosen:
+    noise = ""
+
+
+@pytest.fixture(params=NOISES, autouse=True)
+def _noise(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Chosen, "noise", request.param)
+
+
+def flatlora(model: nn.Module, **options: Any) -> FlatLoRAOptimizer:
+    return helpers.flatlora(model, **{"noise": Chosen.noise, **options})
+
 
 TOKENS = torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]])
 
@@ -151,7 +167,9 @@ def test_a_layer_that_is_to_have_no_noise_is_not_missed() -> None:
     model = lora_mlp()
     quiet, noisy = (trainable(layer) for layer in (model.base_model.model.fc1, model.base_model.model.fc2))
     base = torch.optim.SGD([{"params": quiet, "sigma": 0.0}, {"params": noisy}], lr=0.1)
-    optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, schedule="constant", mode="virtual")
+    optimizer = FlatLoRAOptimizer(
+        base, model, sigma=0.1, schedule="constant", mode="virtual", noise=Chosen.noise
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mlp_loss(model).backward()
@@ -259,7 +277,7 @@ def test_autocast(case: str, dtype: torch.dtype) -> None:
     (virtual, virtual_grads), (in_place, in_place_grads) = run("virtual"), run("in_place")
     torch.testing.assert_close(virtual, in_place, rtol=0.02, atol=0)
     assert (virtual_grads - in_place_grads).norm() < 0.02 * in_place_grads.norm()
-    assert (virtual_grads - run("virtual", sigma=0.0)[1]).norm() > 0.06 * in_place_grads.norm()
+    assert (virtual_grads - run("virtual", sigma=0.0)[1]).norm() > 0.04 * in_place_grads.norm()
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -288,6 +306,8 @@ def test_with_or_without_a_bias(make: Callable[[bool], nn.Module], bias: bool, a
 def test_autocast_that_begins_after_the_forward_has_no_part_in_backward(
     make: Callable[[], nn.Module], name: str, shape: tuple[int, ...]
 ) -> None:
+    if Chosen.noise == "low_rank":
+        pytest.skip("its backward is torch's own, which follows autocast as in any layer")
     model = make()
     layer = getattr(model.base_model.model, name).base_layer
     x = torch.randn(shape, requires_grad=True)

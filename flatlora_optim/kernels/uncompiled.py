@@ -10,6 +10,12 @@ from typing import Any, TypeVar
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def at_tracing(function: F) -> F:
+    """``torch.compiler.assume_constant_result`` without that import: for what is done once, at tracing."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def uncompiled(function: F) -> F:
     """``torch.compiler.disable``, which by itself would import the compiler for everybody."""
     disabled: list[Callable[..., Any]] = []

@@ -27,7 +27,7 @@ def expected_loss(
     sigma: float,
     samples: int = 16,
     seed: int = 0,
-    noise: str | NoiseSource = "gaussian",
+    noise: str | NoiseSource | None = None,
     progress: bool = True,
 ) -> ExpectedLoss:
     """The objective of Flat-LoRA: the mean loss over noise on the full weights.
@@ -43,13 +43,13 @@ def expected_loss(
         >>> around.increase > 3 * around.standard_error
         True
     """
-    sigma, seed, source = check_sigma(sigma), check_seed(seed), noise_source(noise)
+    sigma, seed, source = check_sigma(sigma), check_seed(seed), None if noise is None else noise_source(noise)
     _check_count("samples", samples)
     with measuring(model, loss_fn) as at:
         columns = [target.weight.columns for target in at.targets]
         scales = row_scales(at.norms, [sigma] * len(columns), columns)
         losses = [
-            at.loss(at.noises(NoiseKey(seed, k), scales, source))
+            at.loss(at.noises_of_optimizer(NoiseKey(seed, k), scales, source))
             for k in _progress(range(samples), "expected loss", progress)
         ]
         return ExpectedLoss(torch.tensor(losses, dtype=torch.float64, device="cpu"), at.at_minimum, sigma)

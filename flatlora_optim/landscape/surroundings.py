@@ -32,15 +32,27 @@ class Surroundings:
         self.targets = targets
         self.norms = _all_merged_norms(targets)
         """The norms of the merged weight's rows, shape ``(m,)``, of each target."""
-        self._perturbations = [choose_perturbation(target, "auto", "exact") for target in targets]
+        self._perturbations = [
+            choose_perturbation(target, "auto", "exact", GaussianNoise()) for target in targets
+        ]
         self._cuda = {t.weight.device.index for t in targets if t.weight.device.type == "cuda"}
         self._no_noise = self.noises(NoiseKey(0, 0), [torch.zeros_like(norms) for norms in self.norms])
 
     def noises(
         self, key: NoiseKey, scales: Sequence[Tensor], source: NoiseSource | None = None
     ) -> list[Noise]:
+        """By default, the paper's."""
         return [
             Noise.on(target, source or GaussianNoise(), key, scale)
+            for target, scale in zip(self.targets, scales, strict=True)
+        ]
+
+    def noises_of_optimizer(
+        self, key: NoiseKey, scales: Sequence[Tensor], source: NoiseSource | None
+    ) -> list[Noise]:
+        """By default, what an optimizer draws by default."""
+        return [
+            Noise.on(target, choose_perturbation(target, "auto", "exact", source).source, key, scale)
             for target, scale in zip(self.targets, scales, strict=True)
         ]
 

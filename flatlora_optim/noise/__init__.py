@@ -3,6 +3,7 @@
 ============  =======================================================================
 ``key``       what a step's numbers depend on: seed, step, replica; seeds of blocks
 ``gaussian``  the interface of sources of ``z``, and the paper's independent Gaussians
+``low_rank``  products of two thin matrices of such numbers
 ``table``     numbers read from a shared table
 ``sources``   sources by their names
 ``noise``     the noise of one weight: a recipe that makes any block of it again
@@ -11,8 +12,18 @@
 
 from .gaussian import GaussianNoise, NoiseSource
 from .key import NoiseKey
+from .low_rank import FactoredNoise, LowRankNoise
 from .noise import Noise
 from .sources import noise_source
 from .table import NoiseTable
 
-__all__ = ["GaussianNoise", "Noise", "NoiseKey", "NoiseSource", "NoiseTable", "noise_source"]
+__all__ = [
+    "FactoredNoise",
+    "GaussianNoise",
+    "LowRankNoise",
+    "Noise",
+    "NoiseKey",
+    "NoiseSource",
+    "NoiseTable",
+    "noise_source",
+]

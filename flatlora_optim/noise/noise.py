@@ -47,7 +47,8 @@ class Noise:
     @classmethod
     def on(cls, target: Target, source: NoiseSource, key: NoiseKey, scales: Tensor) -> Noise:
         """The noise of the target's weight, with these standard deviations in its rows."""
-        return cls(source, key, target.weight.grid(target.first_block), scales, target.weight.row_dim)
+        kind: type[Noise] = getattr(source, "noise_type", cls)
+        return kind(source, key, target.weight.grid(target.first_block), scales, target.weight.row_dim)
 
     def negated(self) -> Noise:
         """What takes this noise away, up to rounding."""
@@ -87,8 +88,12 @@ class Noise:
         out = scratch("z", shape, torch.float32, self.scales.device)
         ours = slice(skip, skip + hi - lo), self.grid.columns
         scales = self.scales_of(lo, hi)
-        z = self.source.block(self.key, number, out)
+        z = self._numbers(number, out)
         return torch.mul(z[ours], scales[:, None] if self.row_dim == 0 else scales, out=out[ours])
+
+    def _numbers(self, number: int, out: Tensor) -> Tensor:
+        """``z`` of one block, in ``out`` or elsewhere."""
+        return self.source.block(self.key, number, out)
 
     def _place(self, lo: int, hi: int) -> tuple[range, int]:
         """The numbers of the blocks that hold the local rows, and the first row's place there."""

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .gaussian import GaussianNoise, NoiseSource
+from .low_rank import LowRankNoise
 from .table import NoiseTable
 
-NOISE_SOURCES: dict[str, Callable[[], NoiseSource]] = {"gaussian": GaussianNoise, "table": NoiseTable}
+NOISE_SOURCES: dict[str, Callable[[], NoiseSource]] = {
+    "gaussian": GaussianNoise,
+    "table": NoiseTable,
+    "low_rank": LowRankNoise,
+}
 """A new source of noise is one class and one entry here."""
 
 

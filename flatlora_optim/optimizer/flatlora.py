@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..noise import Noise, NoiseKey, NoiseSource, NoiseTable, noise_source
@@ -61,8 +61,11 @@ class FlatLoRAOptimizer(Adoption):
             forward of the frozen layer, ``"auto"`` does the first where it can.
         restore: How in-place noise is taken away: ``"exact"`` (seed and journal),
             ``"snapshot"`` (a copy of the weights), ``"subtract"`` (the paper's; low bits drift).
-        noise: ``"gaussian"`` (independent numbers), ``"table"`` (read from a :class:`.NoiseTable`,
-            about twice as fast on a CPU), or any :class:`.NoiseSource`.
+        noise: ``"gaussian"`` (the paper's: independent numbers), ``"table"`` (read from a
+            :class:`.NoiseTable`, about twice as fast on a CPU), ``"low_rank"`` (a product of two thin
+            matrices: the same covariance, in the forward, for a few percent of a step; see
+            :class:`.LowRankNoise`), or any :class:`.NoiseSource`. By default, low-rank noise in the
+            forward, and the paper's in place.
         rank_noise: In data-parallel training, ``"independent"`` noise on each copy of the model
             averages the expectation better; ``"shared"`` gives all of them the same. Ranks that
             hold parts of one copy (FSDP2, tensor parallelism) always agree.
@@ -101,7 +104,7 @@ class FlatLoRAOptimizer(Adoption):
         auto: bool | Literal["grad"] = True,
         mode: Literal["auto", "in_place", "virtual"] = "auto",
         restore: Literal["exact", "snapshot", "subtract"] = "exact",
-        noise: str | NoiseSource = "gaussian",
+        noise: str | NoiseSource | None = None,
         rank_noise: Literal["independent", "shared"] = "independent",
     ) -> None:
         check_base(base)
@@ -114,13 +117,13 @@ class FlatLoRAOptimizer(Adoption):
         check_choice("mode", mode, ("auto", "in_place", "virtual"))
         check_choice("restore", restore, RESTORE_MODES)
         check_choice("rank_noise", rank_noise, ("independent", "shared"))
-        source = noise_source(noise)
+        source = None if noise is None else noise_source(noise)
         initial = initial_state(
             base.param_groups, sigma=sigma, seed=seed, total_steps=total_steps, schedule=schedule
         )
         optimized = {id(p) for group in base.param_groups for p in group["params"]}
         own_sigma = [group.get(SIGMA, sigma) not in (0, sigma) for group in base.param_groups]
-        perturbations, found = choose_perturbations(model, optimized, mode, restore)
+        perturbations, found = choose_perturbations(model, optimized, mode, restore, source)
         if isinstance(source, NoiseTable):
             for perturbation in perturbations:
                 source.check_device(perturbation.target.weight.device)
@@ -135,7 +138,6 @@ class FlatLoRAOptimizer(Adoption):
         self._model = model
         self.skipped = {**found.skipped, **found.unrecognized}
         """Adapter layers that are not perturbed, and why."""
-        self._source = source
         self._options = {
             "auto": auto,
             "mode": mode,
@@ -295,7 +297,7 @@ class FlatLoRAOptimizer(Adoption):
             with self._weights.timed():
                 is_shared = self._options["rank_noise"] == "shared"
                 key = NoiseKey(self.seed, self.step_count, 0 if is_shared else replica)
-                self._noises = self._weights.draw(self._source, key, [sigma * factor for sigma in sigmas])
+                self._noises = self._weights.draw(key, [sigma * factor for sigma in sigmas])
                 if factor > 0 and not self._resolution_checked:
                     self._resolution_checked = True
                     self._weights.check_resolution(self._noises, 1 / factor)
@@ -398,7 +400,7 @@ class FlatLoRAOptimizer(Adoption):
                 "`optimizer.restore()` first, or do it right after `optimizer.step()`"
             )
         options = {**self._options, "sigma": self._defaults_for_groups[SIGMA], "schedule": self._schedule}
-        return _rebuilt, (type(self), self.base, self._model, options)
+        return _rebuilt, (type(self), self.base, self._model, options, self._kept_norms())
 
     # ------------------------------------------------------------------ looking inside
 
@@ -427,9 +429,14 @@ class FlatLoRAOptimizer(Adoption):
         finally:
             self._finalizer()
 
+    def _kept_norms(self) -> Tensor | None:
+        return self._weights.kept_norms()
+
+    def _keep_norms(self, norms: Tensor | None) -> None:
+        self._weights.keep_norms(norms)
+
     def _noise_description(self) -> str:
-        kind = type(self._source)
-        name = kind.__name__ if kind.__repr__ is object.__repr__ else repr(self._source)
+        name = " and ".join(sorted({_named(each.source) for each in self._weights.perturbations}))
         return f"{name}, made by {self._weights.makers()}"
 
     def _check_open(self) -> None:
@@ -458,10 +465,20 @@ class FlatLoRAOptimizer(Adoption):
         )
 
 
+def _named(source: NoiseSource) -> str:
+    kind = type(source)
+    return kind.__name__ if kind.__repr__ is object.__repr__ else repr(source)
+
+
 def _rebuilt(
-    cls: type[FlatLoRAOptimizer], base: Optimizer, model: nn.Module, options: dict[str, Any]
+    cls: type[FlatLoRAOptimizer],
+    base: Optimizer,
+    model: nn.Module,
+    options: dict[str, Any],
+    norms: Tensor | None,
 ) -> FlatLoRAOptimizer:
     state = take_state(base.param_groups)
     optimizer = cls(base, model, total_steps="deferred", **options)
     put_state(optimizer.param_groups, state)
+    optimizer._keep_norms(norms)
     return optimizer

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .checks import check_schedule, check_seed, check_sigma, check_step, check_total_steps
 from .schedule import Schedule, needs_total_steps
 
@@ -19,6 +22,8 @@ TOTAL_STEPS = _PREFIX + "total_steps"
 SCHEDULE = _PREFIX + "schedule"
 NOISE = _PREFIX + "noise"
 """What made the noise. In states only, not in the groups of an optimizer."""
+NORMS = _PREFIX + "norms"
+"""Row norms that are kept from step to step, a tensor. In the first group of states only, if at all."""
 NESTED = "flatlora"
 """In a state whose own ``param_groups`` lie deeper: what our groups carry."""
 SIGMA = "sigma"
@@ -102,7 +107,7 @@ def take_state(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Without that, a sigma is what a user has given to a group, and stays.
     """
-    keys = [*_SHARED, NOISE]
+    keys = [*_SHARED, NOISE, NORMS]
     if any(STEP in group for group in groups):
         keys.append(SIGMA)
     return [{key: group.pop(key) for key in keys if key in group} for group in groups]
@@ -178,7 +183,7 @@ def _check_group(group: dict[str, Any], custom_schedule: bool) -> None:
     missing = [key for key in KEYS if key not in group]
     if missing:
         raise ValueError(f"the checkpoint's Flat-LoRA state lacks {', '.join(missing)}")
-    unknown = [key for key in group if str(key).startswith(_PREFIX) and key not in (*KEYS, NOISE)]
+    unknown = [key for key in group if str(key).startswith(_PREFIX) and key not in (*KEYS, NOISE, NORMS)]
     if unknown:
         raise ValueError(f"the checkpoint is of another version of flatlora-optim: it has {unknown[0]!r}")
     check_step(group[STEP])
@@ -187,6 +192,9 @@ def _check_group(group: dict[str, Any], custom_schedule: bool) -> None:
     check_total_steps(group[TOTAL_STEPS])
     if not isinstance(group.get(NOISE, ""), str):
         raise TypeError(f"the checkpoint's noise must be described by a text, got {group[NOISE]!r:.60}")
+    norms = group.get(NORMS, torch.empty(0, dtype=torch.float32))
+    if not (isinstance(norms, Tensor) and norms.dtype == torch.float32 and norms.ndim == 1):
+        raise TypeError(f"the checkpoint's row norms must be a 1-D float32 tensor, got {norms!r:.60}")
     schedule = group[SCHEDULE]
     if schedule == CUSTOM_SCHEDULE:
         if not custom_schedule:

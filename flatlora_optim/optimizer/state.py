@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -16,6 +17,7 @@ from .param_groups import (
     KEYS,
     NESTED,
     NOISE,
+    NORMS,
     SCHEDULE,
     SEED,
     SIGMA,
@@ -143,14 +145,18 @@ class NoiseState(OptimizerWrapper):
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state; step, seed, sigma and schedule travel in ``param_groups``."""
-        groups, noise = self._filled_groups(), self._noise_description()
+        groups, noise, norms = self._filled_groups(), self._noise_description(), self._kept_norms()
         state = self.base.state_dict()
         if isinstance(state.get("param_groups"), list):
             for group in state["param_groups"]:
                 group[NOISE] = noise
+            if norms is not None:
+                state["param_groups"][0][NORMS] = norms
             return state
         # A base around another optimizer, as Lookahead, may keep that one's state under a name of its own.
         ours = [{NOISE: noise, **{key: group[key] for key in KEYS}} for group in groups]
+        if norms is not None:
+            ours[0][NORMS] = norms
         return {**state, NESTED: ours}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -188,14 +194,23 @@ class NoiseState(OptimizerWrapper):
         """To be called when the groups carry loaded state, with the settings before."""
         # How the noise is made now is asked for when it is saved.
         noises = [group.pop(NOISE, None) for group in self.param_groups]
+        norms = [group.pop(NORMS, None) for group in self.param_groups]
         saved = self.param_groups[0][SCHEDULE]
         if saved != CUSTOM_SCHEDULE:
             self._schedule = saved
         self._drop_noise()
+        self._keep_norms(norms[0])
         self._warn_of_differences(settings, noises[0])
 
     def _drop_noise(self) -> None:
         """Ends the noise of the step that is under way, if there is any."""
+        raise NotImplementedError
+
+    def _kept_norms(self) -> Tensor | None:
+        """What is known of row norms and a resumed run would not read at the same steps."""
+        raise NotImplementedError
+
+    def _keep_norms(self, norms: Tensor | None) -> None:
         raise NotImplementedError
 
     def _noise_description(self) -> str:

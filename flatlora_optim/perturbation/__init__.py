@@ -5,6 +5,7 @@
 ``choice``    which adapters of a model are perturbed, and in which of two ways
 ``in_place``  writing the weight: ``W += eps``, later ``W -= eps``, to the bit
 ``virtual``   noise in the forward: the weight is never written
+``low_rank``  the same for low-rank noise, at the cost of two thin products
 ``base``      the interface of both
 ============  =====================================================================
 """
@@ -12,11 +13,13 @@
 from .base import Perturbation, apply_all, forget_changed, remove_all
 from .choice import choose_perturbation, choose_perturbations
 from .in_place import RESTORE_MODES, WeightChangedError, change_noticed, clean_copy
+from .low_rank import LowRankPerturbation
 from .states import NoisyWeights
 from .virtual import VirtualPerturbation
 
 __all__ = [
     "RESTORE_MODES",
+    "LowRankPerturbation",
     "NoisyWeights",
     "Perturbation",
     "VirtualPerturbation",

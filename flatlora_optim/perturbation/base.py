@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import kernels
 from ..kernels.part import Part
 from ..kernels.seal import Seal
-from ..noise import Noise
+from ..noise import Noise, NoiseSource
 from ..targets import Target
 from ..targets.sharding import local_part
 
@@ -31,8 +31,10 @@ class Perturbation:
     was_seen = True
     """Whether anything has ever computed with the noise, as far as that can be told."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, source: NoiseSource) -> None:
         self.target = target
+        self.source = source
+        """What the noise is made from."""
 
     def apply(self, noise: Noise) -> Sequence[Part]:
         """Makes the target compute with ``W + eps`` as soon as the parts are perturbed.
@@ -49,6 +51,9 @@ class Perturbation:
     def forget(self) -> None:
         """Ends the perturbation without writing anything. Does nothing when nothing is applied."""
         raise NotImplementedError
+
+    def skip(self) -> None:
+        """There is no noise in this step. Called before it begins, in place of ``apply``."""
 
     def written(self) -> Tensor | None:
         """The tensor whose values ``apply`` changed, if any."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..noise import GaussianNoise, LowRankNoise, NoiseSource
 from ..targets import (
     DenseWeight,
     Discovery,
@@ -15,11 +16,12 @@ from ..targets import (
 )
 from .base import Perturbation
 from .in_place import InPlace
+from .low_rank import LowRankPerturbation
 from .virtual import VirtualPerturbation
 
 
 def choose_perturbations(
-    model: nn.Module, optimized: set[int], mode: str, restore: str
+    model: nn.Module, optimized: set[int], mode: str, restore: str, source: NoiseSource | None
 ) -> tuple[list[Perturbation], Discovery]:
     """How each target is perturbed, and why other adapters are not.
 
@@ -33,7 +35,7 @@ def choose_perturbations(
     perturbations = []
     for target in found.targets:
         try:
-            perturbation = choose_perturbation(target, mode, restore)
+            perturbation = choose_perturbation(target, mode, restore, source)
             if isinstance(perturbation, VirtualPerturbation):
                 _check_fused(model, target)
                 perturbation.is_called_by_users = _is_called_by_users(model, target)
@@ -88,8 +90,13 @@ def _why_not_optimized(target: Target, optimized: set[int]) -> str | None:
     return reason
 
 
-def choose_perturbation(target: Target, mode: str, restore: str) -> Perturbation:
+def choose_perturbation(
+    target: Target, mode: str, restore: str, source: NoiseSource | None = None
+) -> Perturbation:
     """How the target is perturbed.
+
+    Args:
+        source: By default, low-rank noise in the forward, and the paper's in place.
 
     Raises:
         UnsupportedAdapterError: It can't be, in this mode.
@@ -98,10 +105,13 @@ def choose_perturbation(target: Target, mode: str, restore: str) -> Perturbation
         raise UnsupportedAdapterError("its forward renormalizes the weight itself (`max_norm`)")
     weight = target.weight
     # A layer that merges by itself must never find noise in its weight.
-    if mode == "virtual" or (
-        mode == "auto" and (not isinstance(weight, DenseWeight) or target.merges_by_itself)
-    ):
-        return VirtualPerturbation(target)
+    can_be_written = isinstance(weight, DenseWeight) and not target.merges_by_itself
+    if mode == "virtual" or (mode == "auto" and (not can_be_written or isinstance(source, LowRankNoise))):
+        try:
+            return _in_forward(target, source or LowRankNoise())
+        except UnsupportedAdapterError:
+            if mode == "virtual" or not can_be_written:
+                raise
     if not isinstance(weight, DenseWeight):
         raise UnsupportedAdapterError(
             f"its weight is {weight.kind} and can't be written in place; use mode='auto' or 'virtual'"
@@ -109,4 +119,10 @@ def choose_perturbation(target: Target, mode: str, restore: str) -> Perturbation
     tensor = weight.tensor
     if 0 in tensor.stride() and tensor.numel() > 0:
         raise UnsupportedAdapterError("its elements share memory; give each its own (`clone()`)")
-    return InPlace(target, restore)
+    return InPlace(target, restore, source or GaussianNoise())
+
+
+def _in_forward(target: Target, source: NoiseSource) -> Perturbation:
+    if isinstance(source, LowRankNoise):
+        return LowRankPerturbation(target, source)
+    return VirtualPerturbation(target, source)

@@ -19,7 +19,7 @@ from ..kernels import parts_of
 from ..kernels.part import Keep, Part, visit
 from ..kernels.seal import Seal
 from ..kernels.threads import lasting_empty
-from ..noise import Noise
+from ..noise import Noise, NoiseSource
 from ..targets import DenseWeight, Target
 from ..targets.sharding import like, local_part, place_of
 from .base import Perturbation, changed_among
@@ -43,8 +43,8 @@ class InPlace(Perturbation):
         restore: A key of ``RESTORE_MODES``.
     """
 
-    def __init__(self, target: Target, restore: str) -> None:
-        super().__init__(target)
+    def __init__(self, target: Target, restore: str, source: NoiseSource) -> None:
+        super().__init__(target, source)
         assert isinstance(target.weight, DenseWeight)
         self.mode = f"in place, {restore}"
         self._keep = RESTORE_MODES[restore]

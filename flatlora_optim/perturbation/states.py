@@ -23,12 +23,13 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..kernels import kernels_of
 from ..kernels.part import read
-from ..noise import Noise, NoiseKey, NoiseSource
+from ..noise import Noise, NoiseKey
 from ..targets import DenseWeight, Target, sharding
 from ..targets.scales import RowNorms, merged_norms, row_scales
 from ..targets.sharding import local_part
 from .base import Perturbation, apply_all, forget_changed, remove_all, seal_all
 from .in_place import change_noticed
+from .low_rank import LowRankPerturbation
 from .virtual import VirtualPerturbation
 
 
@@ -80,12 +81,29 @@ class NoisyWeights:
         """The names of the kernels that make the numbers, each its own for the same seed."""
         return ", ".join(sorted({kernels_of(target.weight.device).name for target in self.targets}))
 
+    def kept_norms(self) -> Tensor | None:
+        """What is known of the row norms of quantized weights, in one tensor; None if nothing is."""
+        if all(norms.kept is None for norms in self.norms):
+            return None
+        return torch.cat([norms.kept_or_unknown().cpu() for norms in self._kept_by()])
+
+    def keep_norms(self, values: Tensor | None) -> None:
+        """Puts back what ``kept_norms`` gave; what is of other weights is read anew."""
+        sizes = [norms.kept_size for norms in self._kept_by()]
+        fits = values is not None and values.numel() == sum(sizes)
+        parts = values.split(sizes) if fits and values is not None else [None] * len(sizes)
+        for norms, part in zip(self._kept_by(), parts, strict=True):
+            norms.kept = None if part is None else part.to(norms.target.weight.device, copy=True)
+
+    def _kept_by(self) -> list[RowNorms]:
+        return [norms for norms in self.norms if not isinstance(norms.target.weight, DenseWeight)]
+
     @property
     def is_suspended(self) -> bool:
         return self._suspension is not None
 
     @torch.no_grad()
-    def draw(self, source: NoiseSource, key: NoiseKey, sigmas: Sequence[float]) -> list[Noise | None]:
+    def draw(self, key: NoiseKey, sigmas: Sequence[float]) -> list[Noise | None]:
         """One noise for each weight: None for sigma 0, without an active adapter, or while merged.
 
         Raises:
@@ -102,7 +120,10 @@ class NoisyWeights:
         scales = row_scales([norm for _, norm in active], [sigmas[i] for i, _ in active], columns)
         noises: list[Noise | None] = [None] * len(sigmas)
         for (i, _), scale in zip(active, scales, strict=True):
-            noises[i] = Noise.on(targets[i], source, key, scale)
+            noises[i] = Noise.on(targets[i], self.perturbations[i].source, key, scale)
+        for perturbation, noise in zip(self.perturbations, noises, strict=True):
+            if noise is None:
+                perturbation.skip()
         return noises
 
     def perturb(self, noises: Sequence[Noise | None]) -> None:
@@ -177,8 +198,11 @@ class NoisyWeights:
     def check_resolution(self, noises: Sequence[Noise | None], strength: float) -> None:
         """Warns if 16-bit weights would round away most of ``strength`` times the noise."""
         shares: dict[torch.dtype, list[float]] = {}
-        for weight, noise in zip((target.weight for target in self.targets), noises, strict=True):
-            if noise is not None and isinstance(weight, DenseWeight) and weight.tensor.element_size() == 2:
+        for perturbation, noise in zip(self.perturbations, noises, strict=True):
+            weight = perturbation.target.weight
+            if noise is None or isinstance(perturbation, LowRankPerturbation):
+                continue  # it is not added to the weight
+            if isinstance(weight, DenseWeight) and weight.tensor.element_size() == 2:
                 share = noise.share_lost(local_part(weight.tensor), strength)
                 shares.setdefault(weight.tensor.dtype, []).append(share)
         for dtype, values in shares.items():

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..kernels.part import Part, refuse_capture
 from ..kernels.uncompiled import uncompiled
-from ..noise import Noise
+from ..noise import Noise, NoiseSource
 from ..targets import DenseWeight, FrozenWeight, Target, UnsupportedAdapterError
 from ..targets.sharding import is_sharded
 from ..targets.weights import has_foreign_forward
@@ -42,8 +42,8 @@ class VirtualPerturbation(Perturbation):
 
     mode = "virtual"
 
-    def __init__(self, target: Target) -> None:
-        super().__init__(target)
+    def __init__(self, target: Target, source: NoiseSource) -> None:
+        super().__init__(target, source)
         if target.weight.kind == "experts":
             raise UnsupportedAdapterError("PEFT makes this weight anew in each forward; perturb it in place")
         self._noise: Noise | None = None
@@ -58,8 +58,10 @@ class VirtualPerturbation(Perturbation):
 
     def _forward(self, target: Target) -> Forward:
         module, weight = target.computes, self.target.weight
+        if isinstance(weight, DenseWeight) and is_sharded(weight.tensor):
+            raise UnsupportedAdapterError("sharded weights can only be perturbed in place")
         instead = _known_forward(target)
-        on_top = _noise_on_top(target)
+        on_top = _ON_TOP[operation_of(target)]
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             before = module.__dict__.get("flatlora_forward", (None,))[0]
@@ -145,12 +147,10 @@ def _known_forward(target: Target) -> Compute | None:
         return None
     forward = type(owner).forward
     if weight.kind in ("bnb-4bit", "bnb-8bit"):
-        known = {"Linear4bit.forward": _bnb_4bit, "Linear8bitLt.forward": _bnb_8bit}
+        known = {"Linear4bit.forward": bnb_4bit, "Linear8bitLt.forward": _bnb_8bit}
         return known.get(forward.__qualname__) if forward.__module__.startswith("bitsandbytes.") else None
     if not isinstance(weight, DenseWeight):
         return None
-    if is_sharded(weight.tensor):
-        raise UnsupportedAdapterError("sharded weights can only be perturbed in place")
     if forward is nn.Linear.forward or forward.__qualname__ == "Conv1D.forward":
         return _dense_linear
     if forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
@@ -158,31 +158,27 @@ def _known_forward(target: Target) -> Compute | None:
     return _dense_embedding if forward is nn.Embedding.forward else None
 
 
-def _noise_on_top(target: Target) -> Compute:
-    """What the noise adds to the layer's output, whatever its forward is.
+def operation_of(target: Target) -> str:
+    """What the layer does with its weight: the noise can do the same, on top of the output.
 
     Raises:
-        UnsupportedAdapterError: It may be no sum of W's and the adapter's part.
+        UnsupportedAdapterError: The output may be no sum of W's and the adapter's part.
     """
     owner = target.owner
-    if hasattr(owner, "_conv_forward"):
-        on_top = _convolved_noise
-    elif isinstance(owner, nn.Embedding):
-        on_top = _embedded_noise
-    else:
-        on_top = _multiplied_noise
     has_adapter = target.layer is target.computes or has_foreign_forward(owner)
     if isinstance(target.weight, DenseWeight) and not has_adapter and _known_forward(target) is None:
         raise UnsupportedAdapterError(
             f"virtual mode does not know the forward of this {type(owner).__name__}; perturb it in place"
         )
-    return on_top
+    if hasattr(owner, "_conv_forward"):
+        return "convolution"
+    return "embedding" if isinstance(owner, nn.Embedding) else "product"
 
 
 class _NoisyWeight:
-    """``W + eps``, made anew at each look."""
+    """``W + eps``, or W, made anew at each look."""
 
-    def __init__(self, weight: FrozenWeight, noise: Noise) -> None:
+    def __init__(self, weight: FrozenWeight, noise: Noise | None) -> None:
         self._weight, self._noise, self._versions = weight, noise, weight.versions()
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
@@ -193,7 +189,8 @@ class _NoisyWeight:
                 f"{type(weight.layer).__name__}) has been modified by an inplace operation, or replaced by "
                 "another, between forward and backward"
             )
-        return self._noise.add_to(weight.dense(dtype))
+        matrix = weight.dense(dtype)
+        return matrix if self._noise is None else self._noise.add_to(matrix)
 
 
 class _NoiseAlone:
@@ -284,7 +281,7 @@ def _dense_linear(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> 
     return _linear(x, owner.bias, weight, noise)
 
 
-def _linear(x: Tensor, bias: Tensor | None, weight: FrozenWeight, noise: Noise) -> Tensor:
+def _linear(x: Tensor, bias: Tensor | None, weight: FrozenWeight, noise: Noise | None) -> Tensor:
     x, bias = _as_autocast(x, bias)
     out: Tensor = _Linear.apply(x, bias, _NoisyWeight(weight, noise), weight.row_dim == 1)
     return out
@@ -338,7 +335,7 @@ def _embedded_noise(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -
         return F.embedding(x, _NoiseAlone(weight, noise)(torch.float32))
 
 
-def _bnb_4bit(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
+def bnb_4bit(owner: Any, weight: FrozenWeight, noise: Noise | None, x: Tensor) -> Tensor:
     if not owner.compute_type_is_set:
         owner.set_compute_type(x)
         owner.compute_type_is_set = True
@@ -352,3 +349,10 @@ def _bnb_4bit(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tens
 
 def _bnb_8bit(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
     return _linear(x, None if owner.bias is None else owner.bias.to(x.dtype), weight, noise)
+
+
+_ON_TOP: dict[str, Compute] = {
+    "product": _multiplied_noise,
+    "convolution": _convolved_noise,
+    "embedding": _embedded_noise,
+}

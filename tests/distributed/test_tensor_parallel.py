@@ -70,7 +70,7 @@ def cut_kernels() -> str:
 
 
 def virtual() -> str:
-    return refusal(lambda: flatlora(parallelize(lora_mlp()), mode="virtual"))
+    return refusal(lambda: flatlora(parallelize(lora_mlp()), mode="virtual", noise="gaussian"))
 
 
 def test_what_is_refused() -> None:

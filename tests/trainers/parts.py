@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from test_tokens import tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flatlora_optim import FlatLoRAOptimizer
-from test_tokens import sentences, tokenizer
 
 VOCABULARY = 64
 

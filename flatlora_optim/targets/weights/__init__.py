@@ -16,13 +16,22 @@ from ..sharding import is_sharded, local_part
 from .base import FrozenWeight, UnsupportedAdapterError
 from .dense import DenseWeight
 from .experts import ExpertsWeight
-from .quantized import Bnb4bitWeight, Bnb8bitWeight, OpaqueWeight, ReadOnlyWeight, own_forward, reader_of
+from .quantized import (
+    Bnb4bitWeight,
+    Bnb8bitWeight,
+    OpaqueWeight,
+    ReadOnlyWeight,
+    compute_dtype,
+    own_forward,
+    reader_of,
+)
 
 __all__ = [
     "DenseWeight",
     "ExpertsWeight",
     "FrozenWeight",
     "UnsupportedAdapterError",
+    "compute_dtype",
     "has_foreign_forward",
     "is_plain",
     "own_forward",

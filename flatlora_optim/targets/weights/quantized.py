@@ -191,7 +191,7 @@ class OpaqueWeight(FrozenWeight):
     def _apply(self, x: Tensor) -> Tensor:
         """``x @ W.T``, without the bias."""
         forward = own_forward(self.layer)
-        x = x.to(_compute_dtype(self.layer))
+        x = x.to(compute_dtype(self.layer))
         output: Tensor = forward(x) - forward(torch.zeros_like(x[:1]))
         return output.float()
 
@@ -240,7 +240,7 @@ def own_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     return layer.forward
 
 
-def _compute_dtype(layer: nn.Module) -> torch.dtype:
+def compute_dtype(layer: nn.Module) -> torch.dtype:
     for holder in (layer, getattr(layer, "weight", None)):
         for name in ("compute_dtype", "dtype"):
             dtype = getattr(holder, name, None)
