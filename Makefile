@@ -65,7 +65,8 @@ explore: $(VENV)/.dev  ## Run the property tests with fresh random seeds, for BU
 TRITON_TESTS := $(patsubst %,tests/test_%.py,kernels misuse observers styles state_machine exactness quantized)
 
 test-triton: $(VENV)/.dev  ## Run the tests of the GPU's kernels, and those around them, by Triton's interpreter
-	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(TRITON_TESTS)
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto $(TRITON_TESTS) \
+		--deselect tests/test_observers.py::test_saving_a_weight_of_several_parts_sees_it_clean
 
 # A signal that comes while coverage holds its own lock would stop the run for good.
 coverage: $(VENV)/.dev  ## Run the test suite and show which lines and branches it misses

@@ -155,6 +155,12 @@ def _same_as_c() -> bool | None:
 
 def engine() -> Record:
     """Milliseconds of each phase, beside a copy of the same bytes and the published procedure."""
+    record = _engine()
+    _free()
+    return record
+
+
+def _engine() -> Record:
     model = stack(SHAPES, rank=RANK, dtype=torch.bfloat16, device=DEVICE)
     weights = [adapted.weight.detach() for adapted in adapted_weights(model)]
     made: list[FlatLoRAOptimizer] = []
@@ -204,20 +210,16 @@ def engine() -> Record:
         published.restore()
 
     seconds = interleave({"copy": copy, "ours": ours, "transcription": transcribed}, ROUNDS, DEVICE)
-    frozen = frozen_bytes(model)
-    record = {
+    return {
         "kernels": kernels_of(weights[0].device).name,
         "weights": len(weights),
-        "bytes": frozen,
+        "bytes": frozen_bytes(model),
         "memory": memory,
         "held": held,
         "counts": counts,
         "seconds": seconds,
         "phases": {phase: values[1:] for phase, values in phases.items()},
     }
-    del model, weights, optimizer, made, published, scratch
-    _free()
-    return record
 
 
 def _launches(work: Callable[[], object]) -> Record:

@@ -54,7 +54,9 @@ def noise_of(
 @pytest.mark.parametrize("rank", [1, 4])
 def test_the_covariance_is_that_of_full_noise(rank: int) -> None:
     draws, rows, columns = 20_000, 3, 4
-    every = torch.stack([noise_of(rows, columns, rank, k).block(0, rows).flatten().clone() for k in range(draws)])
+    every = torch.stack(
+        [noise_of(rows, columns, rank, k).block(0, rows).flatten().clone() for k in range(draws)]
+    )
     scales = torch.linspace(0.5, 2.0, rows).repeat_interleave(columns)
     z = every / scales
     assert z.mean(0).abs().max() < 5 / draws**0.5

@@ -284,7 +284,6 @@ def test_a_single_element_that_somebody_else_wrote_is_noticed(strided: bool, thr
 def test_torch_operations_look_all_over_a_weight(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape)
     before = plain.probe(weight)
-    assert len(before) == min(plain.PROBES, weight.numel())
     quarters = weight.view(-1).chunk(4)
     for part in (weight.view(-1)[:1], weight[:, 1:], *quarters):
         part += 1

@@ -107,7 +107,7 @@ class Part:
     """Whether the rows carry the noise right now."""
 
     memory: Any = None
-    """What is kept between steps, by whoever holds it. Its ``share`` is the memory that the part takes."""
+    """What is kept between steps, by whoever holds it."""
 
     _journal: Any = None
 

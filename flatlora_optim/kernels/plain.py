@@ -103,8 +103,10 @@ def probe(weight: Tensor) -> Tensor:
     stride = max(1, weight.numel() // PROBES)
     some = weight.reshape(-1)[::stride] if weight.is_contiguous() else weight.flatten(1)[:, 0]
     values = bits(some[:PROBES].clone()).to(torch.int64)
-    factors = torch.arange(1, 2 * len(values), 2, device=weight.device) * 0x1E3779B97F4A7C15
-    return (values * factors).sum()
+    mixed = values * 0x1E3779B97F4A7C15  # odd, and so a bijection of 64 bits
+    mixed = (mixed ^ (mixed >> 32)) + torch.arange(len(values), device=weight.device)
+    mixed = mixed * 0x3F58476D1CE4E5B9
+    return (mixed ^ (mixed >> 29)).sum()
 
 
 class Part(part.Part):

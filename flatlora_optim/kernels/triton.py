@@ -78,6 +78,10 @@ class Part(part.Part):
         super().__init__(rows, noise, lo, hi, keep, copy)
         self.address = rows.data_ptr()
 
+    @property
+    def nbytes(self) -> int:
+        return self.memory.share if self.is_perturbed and self.memory is not None else 0
+
     def perturb(self) -> None:
         self.perturb_all([self])
 

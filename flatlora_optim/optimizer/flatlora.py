@@ -416,7 +416,10 @@ class FlatLoRAOptimizer(Adoption):
         return {"sigma": self.sigma, "noise_norm": norm, "seconds": self._weights.seconds}
 
     def memory(self) -> int:
-        """Bytes held right now to be able to restore (journals or snapshots)."""
+        """Bytes held right now to be able to restore (journals or snapshots).
+
+        On a GPU the room for the journals stays reserved between steps.
+        """
         return sum(p.nbytes() for p in self._weights.perturbations)
 
     def close(self) -> None:

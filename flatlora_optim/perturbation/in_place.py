@@ -98,8 +98,7 @@ class InPlace(Perturbation):
 
     def nbytes(self) -> int:
         copied = 0 if self._copy is None else self._copy.numel() * self._copy.element_size()
-        kept = 0 if self._memory is None else self._memory.share
-        return int(copied + kept + sum(part.nbytes for part in self._parts))
+        return copied + sum(part.nbytes for part in self._parts)
 
     def seal(self, seal: Seal, number: int) -> None:
         if self._tensor is not None:

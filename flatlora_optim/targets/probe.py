@@ -17,7 +17,6 @@ from .target import Target
 from .weights import DenseWeight
 
 _TOLERANCE = 0.02
-_TOLERANCE_16_BIT = 0.1
 
 
 @torch.no_grad()
@@ -61,11 +60,16 @@ def complaint_of(target: Target) -> str | None:
     actual, expected = (output - other).double().flatten(), expected.double().flatten()
     if actual.shape != expected.shape or not (actual.isfinite().all() and expected.isfinite().all()):
         return None
-    tolerance = _TOLERANCE if output.dtype == torch.float32 else _TOLERANCE_16_BIT
-    if stored is not None:  # merging rounds the whole weight
+    size = expected.norm().clamp(min=1e-30)
+    # The change is a difference of outputs, each a sum of rounded products.
+    rounding = torch.finfo(output.dtype).eps + 10 * torch.finfo(torch.float32).eps * weight.columns**0.5
+    tolerance = _TOLERANCE + float(rounding * output.double().norm() / size)
+    if stored is not None:  # and merging rounds the whole weight
         tolerance += float(
             torch.finfo(stored.dtype).eps * stored.float().norm() / added.norm().clamp(min=1e-30)
         )
+    if tolerance > 0.5:
+        return None
     return _difference(actual, expected, tolerance)
 
 
