@@ -1,7 +1,8 @@
 """LoRA on a text-to-image UNet with Flat-LoRA, in the usual loop of diffusers.
 
-The UNet is tiny and random, the images are red, green and blue squares, and the captions random embeddings. So
-small a UNet learns fastest to predict the clean image itself (``prediction_type="sample"``). Your own: ``UNet2DConditionModel.from_pretrained(..., subfolder="unet")``, encoded images and text.
+The UNet is tiny and random, the images are red, green and blue squares, and the captions random embeddings.
+So small a UNet learns fastest to predict the clean image itself (``prediction_type="sample"``). For your
+own, take ``UNet2DConditionModel.from_pretrained(..., subfolder="unet")``, encoded images and encoded text.
 
 python examples/text_to_image.py [--steps 100] [--sigma 0.05]      # a quarter of a minute on a CPU
 """
@@ -103,7 +104,7 @@ def main() -> None:
         validation = diffusion_loss(unet, scheduler, batch_size=64)
     unet.save_lora_adapter(FOLDER)
     save_grid(before, after, FOLDER / "before_and_after.png")
-    print(f"Each caption is a row; before training on the left, after on the right: {FOLDER}/before_and_after.png")
+    print(f"Before training on the left, after on the right, a row a caption: {FOLDER}/before_and_after.png")
     print(f"Result: validation loss {validation:.3f}; adapter saved to {FOLDER}")
 
 
