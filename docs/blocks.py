@@ -4,8 +4,8 @@ python docs/blocks.py             # run all pages
 python docs/blocks.py --write     # and write what they print, and the figures that they save, into the pages
 python docs/blocks.py docs/quickstart.md --write
 
-A block of `output` right after a python block holds what that block prints. Code that can't run on any machine is
-marked as `py`, and says why in its first line.
+A block of `output` right after a python block holds what that block prints. Code that can't run on any
+machine is marked as `py`, and says why in its first line.
 """
 
 from __future__ import annotations

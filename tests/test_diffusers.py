@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from torch import Tensor, nn
 
 from helpers import assert_equal_tensors, changed_weights, fingerprint, flatlora, randomize_adapters
@@ -137,9 +138,9 @@ def assert_same_image(model: nn.Module, build: Any, optimizer: Any, folder: Path
 @pytest.mark.slow
 def test_example_learns(tmp_path: Path) -> None:
     path = Path(__file__).parents[1] / "examples" / "text_to_image.py"
-    assert len(path.read_text().splitlines()) < 80
+    assert len(path.read_text().splitlines()) < 130
     done = subprocess.run(
-        [sys.executable, path, "--steps", "30"],
+        [sys.executable, path, "--steps", "60"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -148,5 +149,10 @@ def test_example_learns(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     result = re.search(r"^Result: validation loss ([\d.]+)", done.stdout, re.MULTILINE)
     assert result, done.stdout
-    assert float(result[1]) < 0.8  # 1 is to predict no noise at all
-    assert (tmp_path / "outputs" / "text_to_image" / "pytorch_lora_weights.safetensors").exists()
+    assert float(result[1]) < 0.2  # 1 is to predict zeros
+    folder = tmp_path / "outputs" / "text_to_image"
+    assert (folder / "pytorch_lora_weights.safetensors").exists()
+    with Image.open(folder / "before_and_after.png") as grid:
+        for row, colour in enumerate(((255, 0, 0), (0, 255, 0), (0, 0, 255))):
+            after = torch.tensor(grid.getpixel((grid.width * 3 // 4, grid.height * (2 * row + 1) // 6 - 4)))
+            assert (after - torch.tensor(colour)).abs().max() < 60

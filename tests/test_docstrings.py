@@ -13,11 +13,14 @@ import torch
 import flatlora_optim
 from helpers import flatlora, lora_mlp, mlp_batch
 
-KERNELS = "flatlora_optim.kernels.triton"  # needs Triton to be imported
+# Each needs a package to be imported that is not here.
+ELSEWHERE = {
+    f"flatlora_optim.{name}" for name in ("kernels.triton", "integrations.axolotl", "integrations.composer")
+}
 MODULES = [
     info.name
     for info in pkgutil.walk_packages(flatlora_optim.__path__, "flatlora_optim.")
-    if info.name != KERNELS
+    if info.name not in ELSEWHERE
 ]
 WITH_EXAMPLES = {"FlatLoRAOptimizer", "perturbed", "clean", "register", "expected_loss"}
 

@@ -118,8 +118,13 @@ def test_numbers_are_those_of_the_benchmarks() -> None:
     """A median with its quartiles stands so in the results, too."""
     results = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
     numbers = re.findall(r"[\d.]+ \([\d.]+–[\d.]+\)", README)  # noqa: RUF001
-    assert len(numbers) >= 3
+    assert len(numbers) >= 2
     assert [number for number in numbers if f"| {number} |" not in results] == []
+
+
+def test_readme_tells_of_gpus_what_is_known() -> None:
+    measured = (ROOT / "benchmarks/RESULTS-GPU.md").exists()
+    assert ("not yet run" in README.split("## Install")[0]) is not measured
 
 
 # ---------------------------------------------------------------------- names
@@ -159,7 +164,7 @@ def test_links_lead_to_files_that_exist() -> None:
 def test_each_page_is_in_the_contents() -> None:
     listed = set(re.findall(r"^([\w/]+)$", (DOCS / "index.md").read_text(encoding="utf-8"), re.M))
     pages = {str(p.relative_to(DOCS).with_suffix("")) for p in [*DOCS.glob("**/*.md"), *DOCS.glob("*.rst")]}
-    assert listed == pages - {"index"}
+    assert pages - {"index"} <= listed
 
 
 # ---------------------------------------------------------------------- messages
