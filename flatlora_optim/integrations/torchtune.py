@@ -41,7 +41,8 @@ class FlatLoRARecipe:
     def _setup_lr_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         # Only now the recipe knows how long it is.
         self._optimizer.total_steps = kwargs["num_training_steps"]
-        self._optimizer.step_count = kwargs["last_epoch"] + 1
+        if kwargs["last_epoch"] >= 0:
+            self._optimizer.step_count = kwargs["last_epoch"] + 1
         return super()._setup_lr_scheduler(*args, **kwargs)  # type: ignore[misc]
 
 

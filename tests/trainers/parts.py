@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from test_tokens import tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flatlora_optim import FlatLoRAOptimizer
