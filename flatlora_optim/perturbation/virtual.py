@@ -87,8 +87,7 @@ class VirtualPerturbation(Perturbation):
         return uncompiled(forward)
 
     def _call_after(self, with_noise: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-        """A hook for what the module's call has computed by the forward that it had looked up before the noise
-        came."""
+        """A hook for a module's call that has looked up its forward before the noise came."""
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             was_in_forward, self._was_in_forward = self._was_in_forward, False
