@@ -319,7 +319,8 @@ def nf4() -> Record:
                 packed.weight = weight.to(DEVICE)
                 setattr(module, name, packed)
     _free()
-    return _steps(_with_lora(model), {"plain LoRA": training.plain, "ours": training.ours()})
+    variants = {"plain LoRA": training.plain, "ours": training.ours()}
+    return _steps(_with_lora(model), variants | {"ours, gaussian": training.ours(noise="gaussian")})
 
 
 def _llama() -> Any:
