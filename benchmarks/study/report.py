@@ -24,8 +24,8 @@ HEAD = """# Where Flat-LoRA helps, in small
 
 Written by `python benchmarks/generalization.py` (`make study`) from `results/study.jsonl`; the same command
 goes on where it stopped. What was asked, tried and called success was written down before, in
-[study/PLAN.md](study/PLAN.md). Small models on a CPU: this shows what the method does where everything can
-be repeated 30 times, not how large the effect is on a language model of billions.
+`benchmarks/study/PLAN.md`. Small models on a CPU: this shows what the method does where everything can be
+repeated 30 times, not how large the effect is on a language model of billions.
 
 Accuracies in %. Mean ± half of a 95 % interval over seeds (t distribution); differences are paired by seed.
 *Corrected*: the intervals of a table hold together with 95 % (Bonferroni); **bold** where such an interval
