@@ -17,7 +17,6 @@ from .target import Target
 from .weights import DenseWeight
 
 _TOLERANCE = 0.02
-_TOLERANCE_16_BIT = 0.1
 
 
 @torch.no_grad()
@@ -57,29 +56,33 @@ def complaint_of(target: Target) -> str | None:
             if not expected.any():  # the layer has its weight by another way, as Keras' do
                 with _written(weight.tensor, merged):
                     expected = forward(x) - other
-        elif x.is_floating_point() and not _are_close(doubled - forward(x + x), 2 * (output - other)):
+        elif x.is_floating_point() and not _are_close(doubled - forward(x + x), 2 * (output - other), other):
             return None  # no linear layer, but one that has it inside
         else:
             expected = _product(owner, x, added, weight.row_dim)
-    tolerance = _tolerance(output)
+    tolerance = _TOLERANCE + _rounding(expected, other)
+    if isinstance(weight, DenseWeight):
+        tolerance += _rounding(added, weight.tensor)
     actual, expected = (output - other).double().flatten(), expected.double().flatten()
     if actual.shape != expected.shape or not (actual.isfinite().all() and expected.isfinite().all()):
         return None
     return _difference(actual, expected, tolerance)
 
 
-def _tolerance(output: Tensor) -> float:
-    return _TOLERANCE_16_BIT if output.element_size() == 2 else _TOLERANCE
+def _rounding(change: Tensor, whole: Tensor) -> float:
+    """What rounding of the whole may do to a change of it, relative to the change."""
+    size = change.double().norm().clamp(1e-30)
+    return 4 * torch.finfo(whole.dtype).eps * float(whole.double().norm() / size)
 
 
-def _are_close(one: Tensor, other: Tensor) -> bool:
-    return float((one - other).norm()) <= _tolerance(one) * float(other.norm())
+def _are_close(one: Tensor, other: Tensor, whole: Tensor) -> bool:
+    return float((one - other).norm()) <= (_TOLERANCE + _rounding(other, whole)) * float(other.norm())
 
 
 def _difference(actual: Tensor, expected: Tensor, tolerance: float) -> str | None:
     size = float(expected.norm())
     error = float((actual - expected).norm())
-    if error <= tolerance * max(size, 1e-30):
+    if error <= tolerance * max(size, 1e-30) or (size > 0 and tolerance > 0.5):
         return None
     factor = float(actual @ expected) / max(size**2, 1e-30)
     if float((actual - factor * expected).norm()) <= tolerance * abs(factor) * size:

@@ -26,8 +26,10 @@ def unrecognized(
     Returns:
         Why, by the name of the module.
     """
-    known = {id(p) for target in targets for p in target.all_parameters()}
-    told = tuple(f"{name}." if name else "" for name in skipped)
+    layers = [sharing for target in targets for sharing in target.sharing]
+    known = {id(p) for layer in layers for p in layer.adapter_parameters()}
+    # A layer that is known may train more, as DoRA's magnitudes.
+    told = tuple(f"{name}." if name else "" for name in (*skipped, *(layer.name for layer in layers)))
     left = {
         name: parameter
         for name, parameter in model.named_parameters()
