@@ -316,5 +316,5 @@ def test_the_lines_in_the_docs_run() -> None:
 def test_nothing_is_named_where_all_is_known() -> None:
     from helpers import lora_lm, lora_mlp
 
-    for model in (lora_mlp(bias="all"), lora_lm()):
+    for model in (lora_mlp(bias="all"), lora_mlp(use_dora=True), lora_lm()):
         assert unrecognized_in(model) == {}
