@@ -122,6 +122,15 @@ def test_numbers_are_those_of_the_benchmarks() -> None:
     assert [number for number in numbers if f"| {number} |" not in results] == []
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing_sigma.md"])
+def test_gains_are_those_of_the_study(page: str) -> None:
+    results = (ROOT / "benchmarks/GENERALIZATION.md").read_text(encoding="utf-8")
+    text = (ROOT / page).read_text(encoding="utf-8").split("<!-- study: begin -->")[1]
+    gains = re.findall(r"[+-][\d.]+ ± [\d.]+", text.split("<!-- study: end -->")[0])
+    assert len(gains) >= 2
+    assert [gain for gain in gains if gain not in results] == []
+
+
 def test_readme_tells_of_gpus_what_is_known() -> None:
     measured = (ROOT / "benchmarks/RESULTS-GPU.md").exists()
     assert ("not yet run" in README.split("## Install")[0]) is not measured
@@ -173,10 +182,8 @@ INTERNAL = {
     # labels of plots
     "increase of the loss",
     "$\\sigma$, relative to the norm of each row",
-    "$E\\,L(W + \\varepsilon) - L(W)$",
     "distance, relative to the norm of each row",
     # what objects print
-    "… ± … (… samples)",
     "noise for … of … trained matrices (…)",
     "…( perturbed: … of … adapted matrices, … elements (…); … not perturbed: … noise: …; sigma …, schedule … "
     "step … of …, seed … base: … )",

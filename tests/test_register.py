@@ -302,7 +302,7 @@ def test_what_looks_like_lora_and_is_of_no_known_type_is_named() -> None:
 
 def test_the_lines_in_the_docs_run() -> None:
     text = (Path(__file__).parent.parent / "docs/adapters.md").read_text(encoding="utf-8")
-    _, example = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    *_, example = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     space: dict[str, Any] = {}
     exec(example, space)
     layer, optimizer = space["layer"], space["optimizer"]
