@@ -13,7 +13,7 @@ CORE_TESTS := $(call tests,bad_input checkpoint docstrings exactness experts ext
 	misuse native noise nothing_silent observers optimizer quantized register schedules state_machine styles table targets virtual)
 FAST_TESTS := $(filter-out $(call tests,docstrings landscape native),$(CORE_TESTS)) # those compile C, or measure much
 
-.PHONY: help demo demo-readme qlora test test-fast explore test-triton coverage test-oldest test-pythons lint hooks docs package \
+.PHONY: help demo demo-readme qlora test test-fast explore test-triton coverage test-oldest test-pythons test-trainers lint hooks docs package \
 	bench gpu study clean
 
 help:  ## Show the targets
@@ -62,7 +62,9 @@ BUDGET ?= 120
 explore: $(VENV)/.dev  ## Run the property tests with fresh random seeds, for BUDGET=120 seconds
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/explore.py $(BUDGET)
 
-TRITON_TESTS := $(patsubst %,tests/test_%.py,kernels misuse observers styles state_machine exactness quantized)
+TRITON_TESTS := $(patsubst %,tests/test_%.py,kernels misuse observers styles state_machine quantized) \
+	$(patsubst %,tests/test_exactness.py::test_%,real_adapter_layers_come_back the_sum_is_rounded_once_from_float32_or_wider \
+	rows_that_are_not_finite_get_no_noise_and_the_others_do a_snapshot_fits_a_weight_that_was_cast_between_steps)
 
 test-triton: $(VENV)/.dev  ## Run the tests of the GPU's kernels, and those around them, by Triton's interpreter
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto $(TRITON_TESTS) \
@@ -97,6 +99,19 @@ $(ZOO)/.made: constraints-zoo.txt
 
 test-zoo: $(ZOO)/.made  ## Meet loralib, LitGPT, torchtune, AdapterHub, LyCORIS and Keras themselves
 	@OMP_NUM_THREADS=1 $(ZOO)/bin/python -m pytest tests/zoo
+
+TRAINERS ?= axolotl composer llama_factory swift torchtune
+.venv-trainers/%/.made: tests/trainers/%.txt
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@echo "Installing what the tests of $* need into $(@D) (several GB, once)"
+	@$(@D)/bin/python -m pip install --quiet --upgrade pip
+	@$(@D)/bin/python -m pip install --quiet --requirement $< --editable '.[peft]' pytest pytest-timeout
+	@touch $@
+
+test-trainers: $(TRAINERS:%=.venv-trainers/%/.made)  ## Run the plug-ins in the trainers themselves (or TRAINERS=...)
+	@for name in $(TRAINERS); do \
+		OMP_NUM_THREADS=1 .venv-trainers/$$name/bin/python -m pytest tests/trainers/test_$$name.py || exit 1; \
+	done
 
 test-pythons:  ## Run the core tests with each Python from 3.10 to 3.13 that is here (or PYTHONS=...)
 	@$(PYTHON) tools/pythons.py $(PYTHONS) $(CORE_TESTS)
@@ -137,4 +152,4 @@ study: $(VENV)/.dev  ## Run or resume the study in benchmarks/GENERALIZATION.md 
 	@$(BIN)/python benchmarks/generalization.py
 
 clean:  ## Remove the virtual environments and caches
-	rm -rf $(VENV) $(OLDEST) $(ZOO) $(LINTERS) .venv-3.* dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(ZOO) .venv-trainers $(LINTERS) .venv-3.* dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

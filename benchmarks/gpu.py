@@ -168,15 +168,17 @@ def _engine() -> Record:
     def first_cycle() -> None:
         made.append(flatlora(model))
         made[0].perturb()
+        held.append(made[0].memory())
         made[0].step()
 
+    held: list[int] = []
     memory = measure.peak_memory(first_cycle, DEVICE)
-    optimizer, held = made[0], made[0].memory()
+    optimizer = made[0]
     optimizer.perturb()
     optimizer.step()
     counts = {}
     for phase, work in (("perturb", optimizer.perturb), ("restore", optimizer.restore)):
-        counts[phase] = _launches(work) if not TINY else {}
+        counts[phase] = _launches(work)
     optimizer.step()
     for phase, work in (("perturb", optimizer.perturb), ("restore", optimizer.restore)):
         counts[phase]["waits"] = _waits(work)
@@ -215,7 +217,7 @@ def _engine() -> Record:
         "weights": len(weights),
         "bytes": frozen_bytes(model),
         "memory": memory,
-        "held": held,
+        "held": held[0],
         "counts": counts,
         "seconds": seconds,
         "phases": {phase: values[1:] for phase, values in phases.items()},
@@ -224,6 +226,9 @@ def _engine() -> Record:
 
 def _launches(work: Callable[[], object]) -> Record:
     """What the device was given to do, by the profiler."""
+    if TINY:
+        work()
+        return {}
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         work()
         synchronize(DEVICE)
@@ -314,7 +319,8 @@ def nf4() -> Record:
                 packed.weight = weight.to(DEVICE)
                 setattr(module, name, packed)
     _free()
-    return _steps(_with_lora(model), {"plain LoRA": training.plain, "ours": training.ours()})
+    variants = {"plain LoRA": training.plain, "ours": training.ours()}
+    return _steps(_with_lora(model), variants | {"ours, gaussian": training.ours(noise="gaussian")})
 
 
 def _llama() -> Any:

@@ -52,12 +52,12 @@ class Subject(NamedTuple):
 def minilm() -> Subject:
     import sentiment
 
-    args = sentiment.arguments(["--device", "cpu"])
-    data = sentiment.load_data(args)
-    model, collate = sentiment.load_model(args, seed=0)
-    batches = map(collate, sentiment.shuffled_for_ever(data.train, 16, 0))
-    batch = collate(data.train[:64])
-    return Subject(model, batches, batch, lambda model, batch: model(**batch).loss, 60, 2e-3, 64)
+    return _of_task(sentiment.Task(), 64)
+
+
+def _of_task(task: Any, draws: int) -> Subject:
+    batches = task.batches(0)
+    return Subject(task.model(0), batches, next(batches), task.loss, 60, task.lr, draws)
 
 
 def smollm2() -> Subject:
@@ -69,7 +69,7 @@ def smollm2() -> Subject:
 
     path = packages.smollm2()
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    text = "\n".join(sentence for sentence, _ in sentiment.sentences(sentiment.MOVIES))
+    text = "\n".join(sentence for sentence, _ in sentiment.sentences("movies"))
     ids = tokenizer(text[:100_000], return_tensors="pt").input_ids[0]
     pieces = ids[: len(ids) // 128 * 128].view(-1, 1, 128)
     model = training.with_lora(training.smollm2())
@@ -87,9 +87,7 @@ def smollm2() -> Subject:
 def vit() -> Subject:
     import digits
 
-    task = digits.Task()
-    batches = task.batches(0)
-    return Subject(task.model(0), batches, next(batches), task.loss, 60, task.lr, 512)
+    return _of_task(digits.Task(), 512)
 
 
 SUBJECTS = {"MiniLM": minilm, "SmolLM2-135M": smollm2, "ViT": vit}
@@ -189,7 +187,8 @@ def markdown(results: dict[str, Any]) -> str:
             apart = f"{r['apart']:.2f}" if r["noise"] != FULL else ""
             text += (
                 f"| {r['sigma']} | {r['noise']} | {r['increase']:+.5f} ± {r['error']:.5f} "
-                f"| {r['deviation']:.5f} | {r['largest']:+.4f} | {r['gradient']:.3f} | {apart} | {r['spread']:.3f} |\n"
+                f"| {r['deviation']:.5f} | {r['largest']:+.4f} | {r['gradient']:.3f} | {apart} "
+                f"| {r['spread']:.3f} |\n"
             )
     return text
 

@@ -131,6 +131,9 @@ def test_the_table_in_the_readme_is_of_this_code() -> None:
         "the demo's numbers have changed: write them again by `make demo-readme`"
     )
     assert re.search(r"at commit [0-9a-f]{7,}", readme)
+    headline = re.search(r"in the demo below, beside LoRA \| (\S+ ± \S+) points", readme)
+    assert headline, "the demo's gain is one of the first three numbers"
+    assert f"**{headline[1]}**" in readme.split(compare.MARKS[0])[1]
 
 
 def test_a_task_of_ones_own_is_compared_and_drawn(tmp_path: Path) -> None:

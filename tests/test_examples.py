@@ -82,3 +82,25 @@ def test_qlora_trains_both_ways_on_frozen_bytes(tmp_path: Path) -> None:
     losses = {row[0].strip(): row[-2].strip() for row in table}
     assert losses.keys() == {"before training", "QLoRA", "QLoRA + Flat-LoRA"}
     assert losses["QLoRA"] != losses["QLoRA + Flat-LoRA"]  # the noise has reached the 4-bit layers
+
+
+@pytest.mark.slow
+def test_trainer_qlora_learns_and_resumes(tmp_path: Path) -> None:
+    path = EXAMPLES / "trainer_qlora.py"
+    assert len(path.read_text().splitlines()) < 120
+    losses = []
+    for options in (["--steps", "40"], ["--steps", "60", "--resume"]):
+        done = subprocess.run(
+            [sys.executable, str(path), "--output", str(tmp_path), *options],
+            capture_output=True,
+            encoding="utf-8",
+            timeout=240,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "'flatlora/noise_norm'" in done.stdout
+        result = re.search(r"^Result: loss ([\d.]+) after", done.stdout, re.MULTILINE)
+        assert result, done.stdout[-2000:]
+        losses.append(float(result[1]))
+    chance = math.log(32)
+    assert losses[1] < losses[0] < 0.6 * chance

@@ -291,3 +291,24 @@ def test_landscape() -> None:
     with pytest.raises(ValueError, match="makes its weight anew"):
         top_eigenvalue(model, loss_of)
     assert isinstance(flatlora(model), FlatLoRAOptimizer)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_low_rank_noise_is_written_into_experts(make: Any) -> None:
+    """PEFT makes their weights anew in each forward, which so can't add it. The other layers' do."""
+    model = make()
+    experts = experts_of(model)
+    merged = merged_rows(model, "down_proj")
+    before = fingerprint(model)
+    optimizer = flatlora(model, noise="low_rank", sigma=0.5)
+    modes = {p.target.weight.kind: p.mode for p in optimizer._weights.perturbations}
+    assert modes["experts"] == "in place, exact"
+    assert modes.get("dense", "virtual, low rank") == "virtual, low rank"
+    clean = experts.down_proj.detach().clone()
+    with optimizer.perturbed():
+        eps = (experts.down_proj - clean).detach()
+    assert not changed_weights(model, before)
+    dim = 1 if getattr(experts, "is_transposed", False) else 2
+    z = eps / (0.5 * merged / eps.shape[dim] ** 0.5).unsqueeze(dim)
+    assert all(torch.linalg.matrix_rank(each, rtol=1e-4) == 4 for each in z)
+    assert float(z.square().mean()) == pytest.approx(1, rel=0.5)

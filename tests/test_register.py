@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
@@ -229,6 +230,24 @@ def test_what_can_not_be_tried_is_believed(kind: type[nn.Module]) -> None:
     assert flatlora(kind(scaling=2.0)).targets
 
 
+@pytest.mark.parametrize("scaling", [1.0, 2.0])
+def test_what_has_a_packed_layer_inside_is_believed(scaling: float) -> None:
+    block = Block()
+    block.fc = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32).to("cpu").requires_grad_(False)
+    block.norm = nn.LayerNorm(64)
+    block.a, block.b = nn.Parameter(torch.ones(2, 64)), nn.Parameter(torch.ones(64, 2))
+    register(block, weight="fc", lora_A="a", lora_B="b", scaling=scaling)
+    assert flatlora(block).targets
+    layer = TwoLinears(block.fc)
+    layer.p, layer.q = nn.Linear(64, 3, bias=False), nn.Linear(3, 64, bias=False)
+    register(layer, weight="fc", lora_A="p.weight", lora_B="q.weight", scaling=scaling)
+    if scaling == 1:
+        assert flatlora(layer).targets
+    else:
+        with pytest.raises(ValueError, match=r"the adapter adds 0\.5 times"):
+            flatlora(layer)
+
+
 def test_the_probe_needs_no_mode_and_leaves_merging_layers_alone() -> None:
     layer = square()
     layer.train = lambda mode=True: pytest.fail("eval() may merge")  # type: ignore[method-assign]
@@ -259,7 +278,7 @@ class NamedLoRA(nn.Module):
 
 def unrecognized_in(model: nn.Module) -> dict[str, str]:
     optimized = {id(p) for p in trainable(model)}
-    return choose_perturbations(model, optimized, "auto", "exact")[1].unrecognized
+    return choose_perturbations(model, optimized, "auto", "exact", None)[1].unrecognized
 
 
 def test_what_looks_like_lora_and_is_of_no_known_type_is_named() -> None:

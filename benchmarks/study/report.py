@@ -24,8 +24,8 @@ HEAD = """# Where Flat-LoRA helps, in small
 
 Written by `python benchmarks/generalization.py` (`make study`) from `results/study.jsonl`; the same command
 goes on where it stopped. What was asked, tried and called success was written down before, in
-[study/PLAN.md](study/PLAN.md). Small models on a CPU: this shows what the method does where everything can
-be repeated 30 times, not how large the effect is on a language model of billions.
+`benchmarks/study/PLAN.md`. Small models on a CPU: this shows what the method does where everything can be
+repeated 30 times, not how large the effect is on a language model of billions.
 
 Accuracies in %. Mean ± half of a 95 % interval over seeds (t distribution); differences are paired by seed.
 *Corrected*: the intervals of a table hold together with 95 % (Bonferroni); **bold** where such an interval
@@ -80,6 +80,11 @@ class Compared:
     def values(self, variant: Any, measure: Measure) -> list[float]:
         return [measure(self._runs[variant][seed]) for seed in self.seeds]
 
+    def pairs(self, variant: Any, base: Any, measure: Measure) -> tuple[list[float], list[float]]:
+        """Values of two variants for the seeds that these two have."""
+        both = sorted(set(self._runs[variant]) & set(self._runs[base]))
+        return [measure(self._runs[variant][s]) for s in both], [measure(self._runs[base][s]) for s in both]
+
     def within(self, row: Row) -> float:
         return 100 * row["test"][TASKS[self.cell.task].in_domain]
 
@@ -113,7 +118,7 @@ def curves(cell: Cell, results: Results, steps: int, sigmas: Sequence[float]) ->
         }
         runs[sigma] = {seed: row for seed, key in keys.items() if (row := results.get(key))}
     full = {sigma: rows for sigma, rows in runs.items() if len(rows) >= min(cell.together, cell.seeds)}
-    return Compared(cell, full if 0.0 in full else {})
+    return Compared(cell, full if 0.0 in full and len(full) > 1 else {})
 
 
 # ---------------------------------------------------------------------- sections
@@ -231,17 +236,16 @@ def over_sigma(cells: Sequence[Compared], figure: str) -> str:
         for sigma in c.variants:
             texts = []
             for measure in (c.within, c.out):
-                values, base = c.values(sigma, measure), c.values(0.0, measure)
+                values, base = c.pairs(sigma, 0.0, measure)
                 mean = interval(values).text(sign="")
                 texts.append(paired(values, base, len(c.variants) - 1).text() if sigma else mean)
-            loss, under = c.values(sigma, at_w), c.values(sigma, under_way)
-            rise = c.values(sigma, increase(0.1))
-            means = (statistics.mean(loss), statistics.mean(under), statistics.mean(rise))
-            lines.append((f"{sigma:g}" if sigma else "LoRA", *texts, *(f"{x:.4f}" for x in means)))
-        head = ("σ", "in", "out", "training loss at W", "loss under way", "increase at 0.1")
+            means = [statistics.mean(c.pairs(sigma, sigma, m)[0]) for m in (at_w, under_way, increase(0.1))]
+            name = f"{sigma:g}" if sigma else "LoRA"
+            lines.append((name, str(len(values)), *texts, *(f"{x:.4f}" for x in means)))
+        head = ("σ", "seeds", "in", "out", "training loss at W", "loss under way", "increase at 0.1")
         cell = c.cell
         parts.append(
-            f"**{cell.name}**, {seeds(c)} seeds, lr {cell.fixed[0]:g}, {cell.fixed[1]} steps:\n\n"
+            f"**{cell.name}**, lr {cell.fixed[0]:g}, {cell.fixed[1]} steps, {cell.seeds} seeds planned:\n\n"
             f"{table(head, lines)}"
         )
     return "\n".join(parts)
@@ -423,12 +427,12 @@ def draw_curves(cells: Sequence[Compared], path: Path) -> Path:
     for ax, c in zip(axes.flat, cells, strict=False):
         sigmas = [sigma for sigma in c.variants if sigma]
         for label, measure in (("in domain", c.within), ("out of domain", c.out)):
-            gains = [paired(c.values(sigma, measure), c.values(0.0, measure)) for sigma in sigmas]
+            gains = [paired(*c.pairs(sigma, 0.0, measure)) for sigma in sigmas]
             (line,) = ax.plot(sigmas, [g.mean for g in gains], marker="o", linewidth=2, label=label)
             low, high = ([g.mean + sign * g.half for g in gains] for sign in (-1, 1))
             ax.fill_between(sigmas, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         ax.axhline(0, color="gray", linewidth=1)
-        ax.set_title(f"{c.cell.name} ({seeds(c)} seeds)", fontsize=11)
+        ax.set_title(c.cell.name, fontsize=11)
         ax.set_xlabel("σ of Flat-LoRA", fontsize=12)
         ax.set_ylabel("accuracy − LoRA's, %", fontsize=12)
         ax.tick_params(labelsize=11)

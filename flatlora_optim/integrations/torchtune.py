@@ -7,6 +7,8 @@ does what ``tune run lora_finetune_single_device`` does, with Flat-LoRA.
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -39,7 +41,8 @@ class FlatLoRARecipe:
     def _setup_lr_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         # Only now the recipe knows how long it is.
         self._optimizer.total_steps = kwargs["num_training_steps"]
-        self._optimizer.step_count = kwargs["last_epoch"] + 1
+        if kwargs["last_epoch"] >= 0:
+            self._optimizer.step_count = kwargs["last_epoch"] + 1
         return super()._setup_lr_scheduler(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -52,15 +55,31 @@ def describe(model: nn.Module) -> None:
             register(module, lora_A="lora_a.weight", lora_B="lora_b.weight", scaling=scaling)
 
 
+def load_recipe(name: str) -> Any:
+    """The module of one of torchtune's recipes, which can't be imported by name.
+
+    Args:
+        name: As ``tune ls`` shows it, such as ``"lora_finetune_single_device"``.
+    """
+    import torchtune
+
+    path = Path(torchtune.__file__).parents[1] / "recipes" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _main() -> None:
-    from recipes.lora_finetune_single_device import LoRAFinetuneRecipeSingleDevice
     from torchtune import config
 
-    class Recipe(FlatLoRARecipe, LoRAFinetuneRecipeSingleDevice):  # type: ignore[misc]
-        pass
+    base = load_recipe("lora_finetune_single_device").LoRAFinetuneRecipeSingleDevice
+    recipe_class = type("Recipe", (FlatLoRARecipe, base), {})
 
     def run(cfg: Any) -> None:
-        recipe = Recipe(cfg=cfg)
+        recipe = recipe_class(cfg=cfg)
         recipe.setup(cfg=cfg)
         recipe.train()
         recipe.cleanup()

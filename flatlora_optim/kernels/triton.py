@@ -206,8 +206,9 @@ class _Batch:
 
     @property
     def nbytes(self) -> int:
-        tensors = self._table, self._entries, self._counts, self._starts, self._positions, self._originals
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        """Of the journal's room; the tables are small."""
+        journal = self._starts, self._positions, self._originals
+        return sum(tensor.numel() * tensor.element_size() for tensor in journal)
 
     @property
     def share(self) -> int:

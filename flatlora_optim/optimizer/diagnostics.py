@@ -42,8 +42,8 @@ LATE = (
     "Switch adapters between steps"
 )
 REPLACED = (
-    "the model's adapters are not those in the optimizer, so that they would learn nothing: something has put "
-    "new tensors in their place, as PEFT does when it loads a checkpoint over adapters of another dtype. "
+    "the model's adapters are not those in the optimizer, so that they would learn nothing: something has "
+    "put new tensors in their place, as PEFT does when it loads a checkpoint over adapters of another dtype. "
     "Build the base optimizer and the FlatLoRAOptimizer after that"
 )
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from ..kernels.part import Part, refuse_capture
 from ..kernels.threads import lasting_empty
-from ..kernels.uncompiled import at_tracing
+from ..kernels.uncompiled import at_tracing, uncompiled
 from ..noise import FactoredNoise, Noise, NoiseSource
 from ..targets import FrozenWeight, Target
 from ..targets.sharding import is_sharded
 from ..targets.weights import compute_dtype
-from .virtual import Forward, VirtualPerturbation, bnb_4bit, operation_of
+from .virtual import Forward, VirtualPerturbation, bnb_4bit, first_of, operation_of
 
 Add = Callable[[Any, FrozenWeight, Tensor, Tensor, Tensor, Tensor], Tensor]
 """``y + eps(x)``, of owner, weight, y, x, left and right, the last two in y's dtype."""
@@ -53,7 +53,9 @@ class LowRankPerturbation(VirtualPerturbation):
             if self._noise is None:  # called by who replaced our forward by one around it
                 return y
             self._see()
-            x = args[0] if args else next(iter(kwargs.values()))
+            return with_noise(first_of(args, kwargs), y)
+
+        def with_noise(x: Tensor, y: Tensor) -> Tensor:
             left, right = self.left, self.right
             if left.dtype != y.dtype:
                 left, right = left.to(y.dtype), right.to(y.dtype)
@@ -64,11 +66,12 @@ class LowRankPerturbation(VirtualPerturbation):
                     return add(owner, weight, y, x, left, right)
             return add(owner, weight, y, x, left, right)
 
+        self._after[module] = uncompiled(self._call_after(with_noise))
         return forward
 
     @at_tracing
     def _see(self) -> None:
-        self.was_seen = True
+        self.was_seen = self._was_in_forward = True
 
     def apply(self, noise: Noise) -> Sequence[Part]:
         assert isinstance(noise, FactoredNoise)

@@ -71,7 +71,7 @@ class VirtualPerturbation(Perturbation):
                 return clean
             refuse_capture(self.target.weight.device)
             self.was_seen = self._was_in_forward = True
-            x = _first(args, kwargs)
+            x = first_of(args, kwargs)
             if instead is not None and getattr(own, "__func__", None) is type(module).forward:
                 return instead(target.owner, weight, noise, x)
             return with_noise(x, own(*args, **kwargs))
@@ -82,17 +82,22 @@ class VirtualPerturbation(Perturbation):
             with _no_autocast(output):
                 return output + on_top(target.owner, weight, self._noise, x).to(output.dtype)
 
+        self._after[module] = uncompiled(self._call_after(with_noise))
+        # Tracing would bake one step's noise into the graph.
+        return uncompiled(forward)
+
+    def _call_after(self, with_noise: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+        """A hook for a module's call that has looked up its forward before the noise came."""
+
         def after(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             was_in_forward, self._was_in_forward = self._was_in_forward, False
             if was_in_forward or self._noise is None:
                 return output
             refuse_capture(self.target.weight.device)
             self.was_seen = True
-            return with_noise(_first(args, kwargs), output)
+            return with_noise(first_of(args, kwargs), output)
 
-        self._after[module] = uncompiled(after)
-        # Tracing would bake one step's noise into the graph.
-        return uncompiled(forward)
+        return after
 
     def apply(self, noise: Noise) -> Sequence[Part]:
         if any("flatlora_forward" in module.__dict__ for module in self._forwards):
@@ -114,7 +119,7 @@ class VirtualPerturbation(Perturbation):
         self._noise = None
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def first_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x
 

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 from common import adapter, identical
 from flatlora_optim import FlatLoRAOptimizer
 from flatlora_optim.integrations.transformers import FlatLoRACallback
-from test_trl import WORDS, sentences, tokenizer
+from words import WORDS, sentences, tokenizer
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 from sentence_transformers import (  # noqa: E402

@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from common import (
@@ -21,8 +19,7 @@ from common import (
     tiny_model,
 )
 from flatlora_optim import FlatLoRAOptimizer
-
-WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(60))]
+from words import sentences, tokenizer
 
 
 class RecordingSFT(Recording, SFTTrainer):
@@ -31,19 +28,6 @@ class RecordingSFT(Recording, SFTTrainer):
 
 class RecordingDPO(Recording, DPOTrainer):
     pass
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
-
-
-def sentences(count: int, seed: int) -> list[str]:
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(4, len(WORDS), (count, 6), generator=generator).tolist()
-    return [" ".join(WORDS[i] for i in row) for row in rows]
 
 
 def texts(count: int) -> Dataset:

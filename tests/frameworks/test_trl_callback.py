@@ -34,7 +34,8 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from common import Recording, Watch, adapter, hand_written_loop, identical
 from flatlora_optim import FlatLoRAOptimizer
 from flatlora_optim.integrations.transformers import FlatLoRACallback
-from test_trl import WORDS, preferences, sentences, texts, tokenizer
+from test_trl import preferences, texts
+from words import WORDS, sentences, tokenizer
 
 STEPS = 3
 SIZES: dict[str, Any] = {

@@ -5,18 +5,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from test_tokens import tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flatlora_optim import FlatLoRAOptimizer
-
-VOCABULARY = 64
+from words import WORDS, tokenizer
 
 
 def tiny_model(folder: Path) -> str:
     """A folder with an untrained Llama and a tokenizer of words."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = LlamaConfig(**sizes, vocab_size=len(WORDS), pad_token_id=0, bos_token_id=1, eos_token_id=2)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
@@ -28,7 +26,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 class Spy:
-    """Notes of each step, of whichever optimizer, its noise norm and whether the weights are clean after it."""
+    """Notes of each step its noise norm, and whether the weights are clean after it."""
 
     def __init__(self, monkeypatch: Any) -> None:
         self.norms: list[float] = []
@@ -42,3 +40,10 @@ class Spy:
             return result
 
         monkeypatch.setattr(FlatLoRAOptimizer, "step", spied)
+
+    def assert_noise_grew(self, steps: int) -> None:
+        """From 0 on, as the cosine does, once in each step."""
+        assert len(self.norms) == steps
+        assert self.norms[0] == 0
+        assert self.norms == sorted(set(self.norms))
+        assert all(self.clean)
