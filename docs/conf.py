@@ -26,7 +26,6 @@ html_math_renderer = "mathml"
 
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["toc.not_readable"]  # until those pages are there
 
 copybutton_selector = ", ".join(
     f"div.highlight-{language} pre" for language in ("python", "py", "bash", "yaml", "json")
