@@ -236,6 +236,7 @@ import torch
 from flatlora_optim import FlatLoRAOptimizer, register
 layer = torch.nn.Linear(300, 300).requires_grad_(False)
 layer.a, layer.b = torch.nn.Parameter(torch.randn(2, 300)), torch.nn.Parameter(torch.randn(300, 2))
+layer.forward = lambda x: torch.nn.functional.linear(x, layer.weight + layer.b @ layer.a, layer.bias)
 register(layer, lora_A="a", lora_B="b")
 base = torch.optim.SGD([layer.a, layer.b], lr=0.1)
 optimizer = FlatLoRAOptimizer(base, layer, sigma=0.1, schedule="constant")
