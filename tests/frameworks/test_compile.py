@@ -61,7 +61,9 @@ def by_hand() -> nn.Module:
 
 def flat_optimizer(model: nn.Module, **options: Any) -> FlatLoRAOptimizer:
     base = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.02)
-    return FlatLoRAOptimizer(base, model, **{"sigma": 0.3, "schedule": "constant", **options})
+    return FlatLoRAOptimizer(
+        base, model, **{"sigma": 0.3, "schedule": "constant", "noise": "gaussian", **options}
+    )
 
 
 def compile_and_wrap(
