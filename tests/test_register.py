@@ -302,7 +302,7 @@ def test_what_looks_like_lora_and_is_of_no_known_type_is_named() -> None:
 
 def test_the_lines_in_the_docs_run() -> None:
     text = (Path(__file__).parent.parent / "docs/adapters.md").read_text(encoding="utf-8")
-    _, example = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    *_, example = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     space: dict[str, Any] = {}
     exec(example, space)
     layer, optimizer = space["layer"], space["optimizer"]
@@ -316,5 +316,5 @@ def test_the_lines_in_the_docs_run() -> None:
 def test_nothing_is_named_where_all_is_known() -> None:
     from helpers import lora_lm, lora_mlp
 
-    for model in (lora_mlp(bias="all"), lora_lm()):
+    for model in (lora_mlp(bias="all"), lora_mlp(use_dora=True), lora_lm()):
         assert unrecognized_in(model) == {}

@@ -56,35 +56,34 @@ def complaint_of(target: Target) -> str | None:
             if not expected.any():  # the layer has its weight by another way, as Keras' do
                 with _written(weight.tensor, merged):
                     expected = forward(x) - other
-        elif x.is_floating_point() and not _are_close(doubled - forward(x + x), 2 * (output - other)):
+        elif x.is_floating_point() and not _are_close(doubled - forward(x + x), 2 * (output - other), other):
             return None  # no linear layer, but one that has it inside
         else:
             expected = _product(owner, x, added, weight.row_dim)
+    # Each output is a sum of many rounded products.
+    tolerance = _TOLERANCE + (1 + weight.columns**0.5 / 4) * _rounding(expected, other)
+    if isinstance(weight, DenseWeight):
+        tolerance += _rounding(added, weight.tensor)
     actual, expected = (output - other).double().flatten(), expected.double().flatten()
     if actual.shape != expected.shape or not (actual.isfinite().all() and expected.isfinite().all()):
-        return None
-    size = torch.maximum(expected.norm(), actual.norm()).clamp(min=1e-30)
-    # The change is a difference of outputs, each a sum of rounded products.
-    rounding = torch.finfo(output.dtype).eps + 10 * torch.finfo(torch.float32).eps * weight.columns**0.5
-    tolerance = _TOLERANCE + float(rounding * output.double().norm() / size)
-    if stored is not None:  # and merging rounds the whole weight
-        tolerance += float(
-            torch.finfo(stored.dtype).eps * stored.float().norm() / added.norm().clamp(min=1e-30)
-        )
-    if tolerance > 0.5:
         return None
     return _difference(actual, expected, tolerance)
 
 
-def _are_close(one: Tensor, other: Tensor) -> bool:
-    tolerance = 0.1 if one.element_size() == 2 else _TOLERANCE
-    return float((one - other).norm()) <= tolerance * float(other.norm())
+def _rounding(change: Tensor, whole: Tensor) -> float:
+    """What rounding of the whole may do to a change of it, relative to the change."""
+    size = change.double().norm().clamp(1e-30)
+    return 4 * torch.finfo(whole.dtype).eps * float(whole.double().norm() / size)
+
+
+def _are_close(one: Tensor, other: Tensor, whole: Tensor) -> bool:
+    return float((one - other).norm()) <= (_TOLERANCE + _rounding(other, whole)) * float(other.norm())
 
 
 def _difference(actual: Tensor, expected: Tensor, tolerance: float) -> str | None:
     size = float(expected.norm())
     error = float((actual - expected).norm())
-    if error <= tolerance * max(size, 1e-30):
+    if error <= tolerance * max(size, 1e-30) or (size > 0 and tolerance > 0.5):
         return None
     factor = float(actual @ expected) / max(size**2, 1e-30)
     if float((actual - factor * expected).norm()) <= tolerance * abs(factor) * size:

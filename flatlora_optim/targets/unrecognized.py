@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator
 from itertools import permutations
 
 from torch import nn
@@ -14,7 +14,7 @@ _NAMES = re.compile(r"lora|loha|lokr|hada|vera_|low_?rank", re.IGNORECASE)
 
 
 def unrecognized(
-    model: nn.Module, targets: Sequence[Target], skipped: Iterable[str], trained: Container[int]
+    model: nn.Module, targets: Iterable[Target], skipped: Iterable[str], trained: Container[int]
 ) -> dict[str, str]:
     """Modules with trained parameters of no target that are named like an adapter's, or have the shapes of
     A and B beside a frozen weight.
@@ -26,11 +26,10 @@ def unrecognized(
     Returns:
         Why, by the name of the module.
     """
-    layers = [sharing.layer for target in targets for sharing in target.sharing]
-    # All of a known layer's parameters: DoRA's magnitude is no part of the product.
-    known = {id(p) for layer in layers for p in layer.parameters()}
-    known |= {id(p) for target in targets for p in target.all_parameters()}
-    told = tuple(f"{name}." if name else "" for name in skipped)
+    layers = [sharing for target in targets for sharing in target.sharing]
+    known = {id(p) for layer in layers for p in layer.adapter_parameters()}
+    # A layer that is known may train more, as DoRA's magnitudes.
+    told = tuple(f"{name}." if name else "" for name in (*skipped, *(layer.name for layer in layers)))
     left = {
         name: parameter
         for name, parameter in model.named_parameters()
