@@ -1,4 +1,4 @@
-"""Flat-LoRA in Hugging Face Trainer: pass the optimizer in `optimizers`.
+"""Flat-LoRA in Hugging Face Trainer: one callback.
 
 python examples/hf_trainer.py [--steps 200] [--sigma 0.05]      # several GPUs: torchrun instead of python
 """
@@ -6,25 +6,21 @@ python examples/hf_trainer.py [--steps 200] [--sigma 0.05]      # several GPUs: 
 import tempfile
 
 import torch
-from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup
+from transformers import Trainer, TrainingArguments
 
 import tiny
-from flatlora_optim import FlatLoRAOptimizer
 from flatlora_optim.integrations.transformers import FlatLoRACallback
 
 
 def main(steps: int, sigma: float) -> None:
-    model = tiny.model()
-    base = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-3)
-    # The callback sets total_steps from the trainer, whether max_steps or epochs are given.
-    optimizer = FlatLoRAOptimizer(base, model, sigma=sigma, total_steps="deferred", seed=42)
-    scheduler = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            model,
+            tiny.model(),
             TrainingArguments(
                 output_dir=folder,
                 max_steps=steps,
+                learning_rate=5e-3,
+                warmup_steps=steps // 10,
                 per_device_train_batch_size=16,
                 gradient_accumulation_steps=2,
                 logging_steps=max(1, steps // 10),
@@ -36,10 +32,9 @@ def main(steps: int, sigma: float) -> None:
             ),
             train_dataset=tiny.Counting(2048),
             eval_dataset=tiny.Counting(256, seed=1),
-            optimizers=(optimizer, scheduler),
-            callbacks=[FlatLoRACallback(optimizer)],
+            callbacks=[FlatLoRACallback(sigma=sigma)],
         )
-        trainer.train()
+        trainer.train()  # logs sigma and the norm of the noise with the loss
         print(f"Result: loss {trainer.evaluate()['eval_loss']:.3f} on held-out sequences")
 
 
