@@ -149,9 +149,9 @@ def test_a_seed_that_is_no_integer(seed: Any) -> None:
     refuses(TypeError, "seed must be an int", seed=seed)
 
 
-@pytest.mark.parametrize("noise", [object(), NoiseTable, None])
+@pytest.mark.parametrize("noise", [object(), NoiseTable, 3])
 def test_noise_that_is_no_source(noise: Any) -> None:
-    refuses(TypeError, "noise must be one of 'gaussian', 'table', or an object with", noise=noise)
+    refuses(TypeError, "noise must be one of 'gaussian', 'table', 'low_rank', or an object with", noise=noise)
 
 
 @pytest.mark.parametrize(

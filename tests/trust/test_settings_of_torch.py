@@ -123,7 +123,10 @@ def test_an_exit_in_the_middle_of_a_step_is_quiet() -> None:
     run(
         "import torch; from torch import nn; from flatlora_optim import FlatLoRAOptimizer, register\n"
         "torch.set_num_threads(2)\n"
-        "model = nn.Linear(1024, 1024).requires_grad_(False)\n"
+        "class LoRA(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x) + x @ self.a.T @ self.b.T\n"
+        "model = LoRA(1024, 1024).requires_grad_(False)\n"
         "model.a, model.b = nn.Parameter(torch.zeros(2, 1024)), nn.Parameter(torch.zeros(1024, 2))\n"
         "register(model, lora_A='a', lora_B='b')\n"
         "base = torch.optim.SGD([model.a, model.b], lr=0.1)\n"

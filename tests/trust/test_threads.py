@@ -114,7 +114,10 @@ EXIT = """
 import sys, threading, torch
 from flatlora_optim import FlatLoRAOptimizer
 torch.set_num_threads(2)
-layer = torch.nn.Linear(900, 900).requires_grad_(False)
+class LoRA(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + x @ self.lora_A.T @ self.lora_B.T
+layer = LoRA(900, 900).requires_grad_(False)
 layer.lora_A, layer.lora_B = torch.nn.Parameter(torch.randn(2, 900)), torch.nn.Parameter(torch.randn(900, 2))
 layer.scaling = 1.0
 before = layer.weight.clone()
