@@ -117,7 +117,7 @@ def check_base(base: object) -> None:
         raise TypeError(f"base is a {type(base).__name__} already; wrap the optimizer inside it instead")
     if hasattr(base, "gradient_state") and isinstance(inner := getattr(base, "optimizer", None), Optimizer):
         raise TypeError(
-            f"base is a {type(base).__name__}, which accelerator.prepare() has made: its steps are "
+            f"base is an {type(base).__name__}, which accelerator.prepare() has made: its steps are "
             f"micro-batches. Build FlatLoRAOptimizer(...) around the {type(inner).__name__} first, and "
             "prepare the FlatLoRAOptimizer"
         )
