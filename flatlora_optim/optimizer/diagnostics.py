@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..noise import Noise
 from ..perturbation import Perturbation
-from ..targets import Target, sharding
+from ..targets import Target, names_of, sharding
 from .hooks import Forwards
 from .param_groups import SIGMA
 
@@ -71,14 +71,16 @@ class Adapters:
         self, model: nn.Module, targets: Iterable[Target], groups: Sequence[dict[str, Any]]
     ) -> list[Target]:
         """The targets whose adapters learn, but are others than those that the optimizer was built for."""
-        present = {id(parameter) for parameter in model.parameters()}
         # Accelerate puts the parameters that FSDP2 made into the groups; DeepSpeed, others than the model's.
-        present_and_known = present & (self.ids() | {id(p) for group in groups for p in group["params"]})
+        known = self.ids() | {id(p) for group in groups for p in group["params"]}
+        now = {target: {id(p) for p in target.all_parameters() if p.requires_grad} for target in targets}
+        if all(ids <= known for ids in now.values()):
+            return []  # as at almost every step: the model need not be walked through
+        present = {id(parameter) for parameter in model.parameters()}
         found = []
-        for target in targets:
+        for target, ids in now.items():
             before = {id(p) for reference in self._known[target] if (p := reference()) is not None}
-            now = [p for p in target.all_parameters() if p.requires_grad and id(p) in present]
-            if now and before.isdisjoint(present) and present_and_known.isdisjoint(id(p) for p in now):
+            if ids & present and before.isdisjoint(present) and known.isdisjoint(ids & present):
                 found.append(target)
         return found
 
@@ -111,7 +113,7 @@ def complaint_of_step(
             reason = IN_TRANSFORM
         return "", reason
     if unseen := _unseen(noises, perturbations):
-        return names_of(unseen), UNSEEN
+        return f"{names_of(unseen)}: ", UNSEEN
     if None not in noises:
         return None
     targets = (perturbation.target for perturbation in perturbations)
@@ -120,7 +122,7 @@ def complaint_of_step(
         for target, noise, sigma in zip(targets, noises, sigmas(), strict=True)
         if noise is None and sigma > 0 and not target.merged and target.has_gradient()
     ]
-    return (names_of(late), LATE) if late else None
+    return (f"{names_of(late)}: ", LATE) if late else None
 
 
 def _unseen(noises: Sequence[Noise | None], perturbations: Sequence[Perturbation]) -> list[Target]:
@@ -197,8 +199,3 @@ def _foreign_pairs(own: set[int], parameters: Iterable[Tensor]) -> Iterator[tupl
             rank = a.shape[0]
             if b.shape[1] == rank and 2 * rank <= min(a.shape[1], b.shape[0]):
                 yield a, b
-
-
-def names_of(targets: Iterable[Target]) -> str:
-    names = [target.name for target in targets]
-    return f"{', '.join(names[:3])}{' …' if names[3:] else ''}: "

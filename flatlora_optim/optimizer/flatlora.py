@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from ..noise import Noise, NoiseKey, NoiseSource, NoiseTable, noise_source
 from ..perturbation import RESTORE_MODES, NoisyWeights, choose_perturbations
-from ..targets import Target, sharding
+from ..targets import Target, names_of, sharding
 from . import diagnostics, hooks, other_steps
 from .adoption import Adoption
 from .checks import check_choice
@@ -344,7 +344,7 @@ class FlatLoRAOptimizer(Adoption):
         without = [target for target, noise in pairs if noise is None]
         if without and (replaced := self._adapters.replaced(self._model, without, self.param_groups)):
             self.restore()
-            raise RuntimeError(diagnostics.names_of(replaced) + diagnostics.REPLACED)
+            raise RuntimeError(f"{names_of(replaced)}: {diagnostics.REPLACED}")
 
     def _call_perturbed(self, closure: Closure) -> Any:
         self._forwards.explicit = False  # the noise of a `perturb()` before ends with this step

@@ -337,7 +337,7 @@ class _BeforeLayer(_ModelHook):
         if torch.compiler.is_compiling():
             return  # it must not break the graph at each layer
         optimizer = self._optimizer()
-        if optimizer is None or not optimizer._weights.is_perturbed or "_is_replica" in module.__dict__:
+        if optimizer is None or not optimizer._weights.is_perturbed or _is_replica(module):
             return
         if (target := self._target()) is not None:
             optimizer._forwards.layer_begins(module, target)
@@ -351,7 +351,7 @@ def _in_backward() -> bool:
 
 def _is_replica(module: nn.Module) -> bool:
     """Whether ``nn.DataParallel`` made the module, for one device and one forward."""
-    return getattr(module, "_is_replica", False)
+    return "_is_replica" in module.__dict__  # without nn.Module's exception for what it lacks
 
 
 class _CleanStateDict(_ModelHook):

@@ -144,8 +144,7 @@ def check_state_dict(state_dict: dict[str, Any], groups: list[dict[str, Any]], c
         if not isinstance(state_dict.get(key), kind):
             raise ValueError(f"the optimizer state has no {kind.__name__} under {key!r}")
     saved = state_dict["param_groups"]
-    if len(saved) != len(groups):
-        raise ValueError(f"the checkpoint has {len(saved)} param groups, the optimizer has {len(groups)}")
+    _check_count(saved, groups)
     named: set[object] = set()
     for i, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
         if not isinstance(theirs, dict) or not isinstance(theirs.get("params"), (list, tuple)):
@@ -169,9 +168,13 @@ def check_nested(nested: object, groups: list[dict[str, Any]], custom_schedule: 
     """The same for what we add to the state of a base that has no ``param_groups`` in its own."""
     if not (isinstance(nested, list) and all(isinstance(group, dict) for group in nested)):
         raise ValueError(f"the optimizer state has no list of dicts under {NESTED!r}")
-    if len(nested) != len(groups):
-        raise ValueError(f"the checkpoint has {len(nested)} param groups, the optimizer has {len(groups)}")
+    _check_count(nested, groups)
     check_loaded(nested, custom_schedule)
+
+
+def _check_count(saved: list[Any], groups: list[dict[str, Any]]) -> None:
+    if len(saved) != len(groups):
+        raise ValueError(f"the checkpoint has {len(saved)} param groups, the optimizer has {len(groups)}")
 
 
 def _check_group(group: dict[str, Any], custom_schedule: bool) -> None:

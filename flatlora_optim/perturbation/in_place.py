@@ -20,7 +20,7 @@ from ..kernels.part import Keep, Part, visit
 from ..kernels.seal import Seal
 from ..kernels.threads import lasting_empty
 from ..noise import Noise, NoiseSource
-from ..targets import DenseWeight, Target
+from ..targets import DenseWeight, Target, names_of
 from ..targets.sharding import like, local_part, place_of
 from .base import Perturbation, changed_among
 
@@ -146,9 +146,9 @@ class InPlace(Perturbation):
 
 def change_noticed(changed: Sequence[Perturbation]) -> WeightChangedError:
     """What to tell of perturbations whose weights somebody else has written."""
-    names = ", ".join(perturbation.target.name for perturbation in changed[:3])
+    names = names_of(perturbation.target for perturbation in changed)
     return WeightChangedError(
-        f"the frozen weight of {names}{' …' if len(changed) > 3 else ''} was written while it carried "
+        f"the frozen weight of {names} was written while it carried "
         "noise (merged, loaded or moved in the middle of a step?). It was left as it is, noise included: "
         "load it again, and change weights only after `optimizer.restore()` or `optimizer.step()`"
     )

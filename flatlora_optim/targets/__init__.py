@@ -18,7 +18,7 @@
 
 from .discovery import Discovery, find_targets, register_target_type, why_inactive
 from .hand_written import register
-from .target import LowRank, Target
+from .target import LowRank, Target, names_of
 from .unrecognized import unrecognized
 from .weights import DenseWeight, FrozenWeight, UnsupportedAdapterError, read_weight
 
@@ -30,6 +30,7 @@ __all__ = [
     "Target",
     "UnsupportedAdapterError",
     "find_targets",
+    "names_of",
     "read_weight",
     "register",
     "register_target_type",

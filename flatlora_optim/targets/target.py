@@ -6,7 +6,7 @@ imported and subclasses, renamed adapters and quantized variants are found alike
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -177,6 +177,12 @@ def factor_of(part: nn.Module | Tensor, device: torch.device) -> Tensor:
     if tensor.requires_grad and torch.is_grad_enabled():
         tensor = tensor.detach()
     return tensor if tensor.device == device else tensor.to(device)
+
+
+def names_of(targets: Iterable[Target]) -> str:
+    """The first three names, for a message."""
+    names = [target.name for target in targets]
+    return f"{', '.join(names[:3])}{' …' if names[3:] else ''}"
 
 
 def values_of(part: nn.Module | Tensor, device: torch.device) -> Tensor:
