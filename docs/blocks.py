@@ -51,9 +51,11 @@ def blocks(text: str) -> list[Block]:
 
 @contextlib.contextmanager
 def somewhere_else(folder: Path) -> Iterator[None]:
-    """A block may save files, and draws without a screen."""
+    """A block may save files, and draws without a screen. Libraries print nothing of their own."""
     before, home = dict(os.environ), Path.cwd()
     os.environ |= {"MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    # Transformers imports DeepSpeed wherever it is installed, which prints that it had to look for a GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.chdir(folder)
     try:
         yield
