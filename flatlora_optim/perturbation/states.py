@@ -27,7 +27,7 @@ from ..noise import Noise, NoiseKey
 from ..targets import DenseWeight, Target, sharding
 from ..targets.scales import RowNorms, merged_norms, row_scales
 from ..targets.sharding import local_part
-from .base import Perturbation, apply_all, forget_changed, remove_all, seal_all
+from .base import Perturbation, apply_all, forget_changed, remove_all, take_checksums
 from .in_place import change_noticed
 from .low_rank import LowRankPerturbation
 from .virtual import VirtualPerturbation
@@ -77,8 +77,8 @@ class NoisyWeights:
             if any(sharing.layer in modules for sharing in target.sharing)
         ]
 
-    def makers(self) -> str:
-        """The names of the kernels that make the numbers, each its own for the same seed."""
+    def kernel_names(self) -> str:
+        """The names of the kernels that make the numbers. Each makes others of the same seed."""
         return ", ".join(sorted({kernels_of(target.weight.device).name for target in self.targets}))
 
     def kept_norms(self) -> Tensor | None:
@@ -156,7 +156,7 @@ class NoisyWeights:
         """To clean weights that stay clean until ``resume``, which brings the same noise back.
 
         Returns:
-            What tells this suspension from others.
+            A token for ``resume``.
         """
         guard = ExitStack()
         was_perturbed = self.is_perturbed
@@ -241,7 +241,7 @@ class NoisyWeights:
                 pairs = zip(self.targets, self._noises, strict=True)
                 apply_all(self.perturbations, [None if target.merged else noise for target, noise in pairs])
             versions.close()
-            seal_all(self.perturbations)
+            take_checksums(self.perturbations)
         except BaseException:
             self.restore()
             raise

@@ -291,7 +291,7 @@ def test_a_checkpoint_is_resumed_without_it_and_it_joins_one_without(tmp_path: P
     assert [row[:2] for row in schedule.seen] == [pytest.approx((i, cosine(i))) for i in range(3, STEPS)]
 
 
-def test_tells_of_an_optimizer_that_the_trainer_does_not_use(tmp_path: Path) -> None:
+def test_warns_of_an_optimizer_that_the_trainer_does_not_use(tmp_path: Path) -> None:
     model = tiny_model()
     base = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, total_steps="deferred")
