@@ -324,7 +324,7 @@ def test_a_network_of_an_unknown_kind_is_named() -> None:
 
     unet = nn.Sequential(nn.Linear(6, 5)).requires_grad_(False)
     network = Other(unet[0])
-    with pytest.raises(ValueError, match="0: Other adds no product that is known here"):
+    with pytest.raises(ValueError, match="0: Other adds no product that we know"):
         optimizer_for(network.parameters(), unet)
 
 

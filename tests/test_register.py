@@ -172,7 +172,7 @@ LIES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: square(lora_A=None, lora_B=None, delta=lambda m: 1.5 * m.lora_B @ m.lora_A.T),
         r"changes the output by .* differ by",
     ),
-    "another weight": (unused_weight, r"that had it merged by 0; "),
+    "another weight": (unused_weight, r"merged into the weight by 0; "),
 }
 
 

@@ -1,4 +1,4 @@
-"""Noise of low rank: a product of two thin Gaussian matrices, which costs a layer two thin products.
+"""Noise of low rank: a product of two thin Gaussian matrices. It costs a layer two thin products.
 
 ``eps = diag(s) @ U @ V.T / sqrt(r)``, with U (m, r) and V (n, r) standard normal, has for each rank r the
 covariance of the paper's noise: variance ``s[i]^2`` at each element, and no correlation between elements.
@@ -20,7 +20,7 @@ from .noise import Noise
 
 
 class FactoredNoise(Noise):
-    """The noise of one weight as a product, of which any block can be made, too."""
+    """The noise of one weight as a product of two factors. Any block of it can be made, too."""
 
     source: LowRankNoise
 
@@ -32,14 +32,14 @@ class FactoredNoise(Noise):
     def factors(self) -> tuple[Tensor, Tensor]:
         """``left`` and ``right`` with ``eps = left @ right``, shapes ``(m, r)`` and ``(r, n)``, float32.
 
-        Of the whole weight, also if it is sharded, and m counts output neurons also if it is stored
+        They are for the whole weight, also if it is sharded. m counts output neurons, also if it is stored
         transposed.
         """
         left, right = self._drawn()
         return left * (self.scales / math.sqrt(self.source.rank))[:, None], right
 
     def _drawn(self) -> tuple[Tensor, Tensor]:
-        """U and V.T: one stream of numbers for a weight, that of its first block."""
+        """U and V.T. All their numbers come from the seed of the weight's first block."""
         rank, sizes = self.source.rank, (self.grid.rows, self.grid.row_size)
         rows, columns = sizes if self.row_dim == 0 else sizes[::-1]
         numbers = torch.empty(rank * (rows + columns), dtype=torch.float32, device=self.scales.device)
@@ -49,7 +49,7 @@ class FactoredNoise(Noise):
 
     @cached_property
     def _stored(self) -> tuple[Tensor, Tensor]:
-        """Factors of z, for the weight as it is stored."""
+        """The factors of z, in the weight's stored shape."""
         left, right = self._drawn()
         left = left / math.sqrt(self.source.rank)
         return (left, right) if self.row_dim == 0 else (right.T, left.T)
@@ -68,7 +68,7 @@ class LowRankNoise(GaussianNoise):
     ``"in_place"``.
 
     Args:
-        rank: Of the noise. Rank 1 costs least and has the heaviest tails.
+        rank: The rank of the noise. 1 costs least and has the heaviest tails.
     """
 
     noise_type = FactoredNoise

@@ -1,8 +1,8 @@
 """Low-rank noise in the forward: ``y + ((x @ V) @ U.T) * s / sqrt(r)``, whatever computes ``y``.
 
-Plain operations of torch on two thin tensors that lie where they are from step to step. So the layer's
+Plain torch operations on two thin tensors, whose memory stays the same from step to step. So the layer's
 own forward runs, whatever it is; autograd, ``torch.compile`` and CUDA graphs see nothing new at a step; and
-nothing of the weight's size is made.
+no tensor of the weight's size is made.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..targets.weights import compute_dtype
 from .virtual import Forward, VirtualPerturbation, bnb_4bit, first_of, operation_of
 
 Add = Callable[[Any, FrozenWeight, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``y + eps(x)``, of owner, weight, y, x, left and right, the last two in y's dtype."""
+"""``y + x @ eps.T`` or the like, from owner, weight, y, x, left and right. The last two have y's dtype."""
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -34,7 +34,7 @@ class LowRankPerturbation(VirtualPerturbation):
     """Adds ``x @ (left @ right).T`` to the output of the frozen layer while noise is on.
 
     Raises:
-        UnsupportedAdapterError: It is not known what the layer's forward does with its weight.
+        UnsupportedAdapterError: We don't know what the layer's forward does with its weight.
     """
 
     mode = "virtual, low rank"
@@ -50,7 +50,7 @@ class LowRankPerturbation(VirtualPerturbation):
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             y = _own(module, weight, args, kwargs)
-            if self._noise is None:  # called by who replaced our forward by one around it
+            if self._noise is None:  # called from a forward that was put around ours
                 return y
             self._see()
             return with_noise(first_of(args, kwargs), y)
@@ -75,7 +75,7 @@ class LowRankPerturbation(VirtualPerturbation):
 
     def apply(self, noise: Noise) -> Sequence[Part]:
         assert isinstance(noise, FactoredNoise)
-        if self._held() is not noise:  # it comes back after an evaluation
+        if self._held() is not noise:  # the same one comes back after an evaluation
             self._held = lambda: None
             self._fill(noise.factors())
             self._held = weakref.ref(noise)
@@ -86,9 +86,9 @@ class LowRankPerturbation(VirtualPerturbation):
         self.left.zero_()
 
     def _fill(self, factors: tuple[Tensor, Tensor]) -> None:
-        """Writes them to the tensors that compiled and captured forwards read."""
+        """Writes the factors to the tensors that compiled and captured forwards read."""
         left, right = factors
-        refuse_capture(left.device)  # a forward may be captured, but not what is to be new at each step
+        refuse_capture(left.device)  # a forward may be captured, but this must run at each step
         dtype = compute_dtype(self.target.owner)
         if (self.left.shape, self.left.dtype, self.left.device) != (left.shape, dtype, left.device):
             self.left = lasting_empty(left.shape, dtype, left.device)
@@ -98,10 +98,10 @@ class LowRankPerturbation(VirtualPerturbation):
 
 
 def _own(module: nn.Module, weight: FrozenWeight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What the layer computes without noise. (torch.compile can't trace `own_forward`.)"""
+    """The layer's output without noise. (torch.compile can't trace `own_forward`.)"""
     state = getattr(weight.layer.weight, "quant_state", None) if weight.kind == "bnb-4bit" else None
     if getattr(state, "packing_format_for_cpu", False) and isinstance(module, nn.Linear):
-        # What bitsandbytes computes with a weight that an evaluation has repacked knows no gradients.
+        # After an evaluation has repacked the weight, bitsandbytes' own forward has no gradients.
         return bnb_4bit(module, weight, None, *args, **kwargs)
     replaced = module.__dict__.get("flatlora_forward", (None,))[0]
     y: Tensor = replaced(*args, **kwargs) if replaced else type(module).forward(module, *args, **kwargs)
@@ -136,7 +136,7 @@ _ADDED: dict[str, Add] = {"product": _linear, "convolution": _convolution, "embe
 
 
 def _replicated(factor: Tensor, y: Any) -> Tensor:
-    """The factor as a DTensor that each process of y's mesh has whole."""
+    """The factor as a DTensor, whole on each process of y's mesh."""
     from torch.distributed.tensor import DTensor, Replicate
 
     places = [Replicate()] * y.device_mesh.ndim

@@ -265,7 +265,7 @@ def test_lycoris_refused(algorithm: str) -> None:
     model = Net().requires_grad_(False)
     network = lycoris_on(model, algorithm)
     base = torch.optim.SGD(network.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="adds no product that is known here"):
+    with pytest.raises(ValueError, match="adds no product that we know"):
         FlatLoRAOptimizer(base, model, sigma=SIGMA, schedule="constant")
 
 
