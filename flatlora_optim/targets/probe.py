@@ -118,8 +118,8 @@ def _inputs(target: Target) -> Iterator[Tensor]:
     elif hasattr(owner, "_conv_forward"):
         yield random(1, owner.in_channels, *(2 * d * (k - 1) + 1 for k, d in _kernel(owner)))
     else:
-        yield random(2, weight.columns)
         yield random(1, 2, weight.columns)
+        yield random(2, weight.columns)
 
 
 def _kernel(convolution: Any) -> Iterator[tuple[int, int]]:
