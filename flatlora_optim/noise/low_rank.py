@@ -10,6 +10,7 @@ is 6 / r. (Low-rank perturbations stand for full Gaussian ones in evolution stra
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -33,9 +34,12 @@ class FactoredNoise(Noise):
         """``left`` and ``right`` with ``eps = left @ right``, shapes ``(m, r)`` and ``(r, n)``, float32.
 
         Of the whole weight, also if it is sharded, and m counts output neurons also if it is stored
-        transposed.
+        transposed. Of experts that are, n counts the inputs of all of them, one expert's after the other's.
         """
         left, right = self._drawn()
+        if self.grid.group:
+            left = left.repeat(self.grid.rows // self.grid.group, 1)
+        assert len(left) == len(self.scales), "the scales have been let go"
         return left * (self.scales / math.sqrt(self.source.rank))[:, None], right
 
     def _drawn(self) -> tuple[Tensor, Tensor]:
@@ -59,6 +63,13 @@ class FactoredNoise(Noise):
         left, right = self._stored
         first = (number - self.grid.first_block) * self.grid.rows_per_block
         return torch.mm(left[first : first + len(out)], right, out=out)
+
+
+def let_go(noises: Sequence[FactoredNoise]) -> None:
+    """Keeps no more of the scales than their norms, which loggers ask for: the factors hold the rest."""
+    if noises:
+        for noise, norm in zip(noises, torch._foreach_norm([n.scales for n in noises]), strict=True):
+            noise.scales = norm[None]
 
 
 class LowRankNoise(GaussianNoise):

@@ -307,9 +307,27 @@ class Detached:
         return None
 
 
-class _BeforeForward(_ModelHook):
-    @uncompiled
+class _ForwardHook(_ModelHook):
+    def __init__(self, optimizer: Owner) -> None:
+        super().__init__(optimizer)
+        self._forwards = weakref.ref(optimizer._forwards)
+
+    def _is_traced_inside(self) -> bool:
+        """Whether it is compiled as a part of a forward that has begun already. What begins in there can't
+        change the noise any more, and would break the graph. (The compiler guards what it reads here.)"""
+        if not torch.compiler.is_compiling():
+            return False
+        forwards = self._forwards()
+        return forwards is not None and len(forwards.running) > 0
+
+
+class _BeforeForward(_ForwardHook):
     def __call__(self, module: nn.Module, args: Any) -> None:
+        if not self._is_traced_inside():
+            self._begins(module)
+
+    @uncompiled
+    def _begins(self, module: nn.Module) -> None:
         if (optimizer := self._optimizer()) is not None and not _in_backward():
             if _is_replica(module):
                 optimizer._forwards.check_replica(module)
@@ -318,9 +336,13 @@ class _BeforeForward(_ModelHook):
                 optimizer._forwards.begins(module)
 
 
-class _AfterForward(_ModelHook):
-    @uncompiled
+class _AfterForward(_ForwardHook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._is_traced_inside():
+            self._ends(module, output)
+
+    @uncompiled
+    def _ends(self, module: nn.Module, output: Any) -> None:
         if (optimizer := self._optimizer()) is not None and not _in_backward() and not _is_replica(module):
             # torch calls the hook without an output for an exception on its way out.
             failed = output is None and sys.exc_info()[0] is not None

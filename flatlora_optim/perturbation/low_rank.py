@@ -8,20 +8,22 @@ nothing of the weight's size is made.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..kernels.part import Part, refuse_capture
 from ..kernels.threads import lasting_empty
 from ..kernels.uncompiled import at_tracing, uncompiled
 from ..noise import FactoredNoise, Noise, NoiseSource
-from ..targets import FrozenWeight, Target
+from ..targets import DenseWeight, FrozenWeight, Target
 from ..targets.sharding import is_sharded
-from ..targets.weights import compute_dtype
+from ..targets.weights import ExpertsWeight, compute_dtype, own_forward
 from .virtual import Forward, VirtualPerturbation, bnb_4bit, first_of, operation_of
 
 Add = Callable[[Any, FrozenWeight, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -41,7 +43,8 @@ class LowRankPerturbation(VirtualPerturbation):
 
     def __init__(self, target: Target, source: NoiseSource) -> None:
         self.left = self.right = torch.empty(0)
-        self._held: Callable[[], Noise | None] = lambda: None
+        self.held: Callable[[], FactoredNoise | None] = lambda: None
+        """The noise that the factors are of, while it lives."""
         super().__init__(target, source)
 
     def _forward(self, target: Target) -> Forward:
@@ -75,26 +78,85 @@ class LowRankPerturbation(VirtualPerturbation):
 
     def apply(self, noise: Noise) -> Sequence[Part]:
         assert isinstance(noise, FactoredNoise)
-        if self._held() is not noise:  # it comes back after an evaluation
-            self._held = lambda: None
+        if self.held() is not noise:  # it comes back after an evaluation
+            self.held = lambda: None
             self._fill(noise.factors())
-            self._held = weakref.ref(noise)
+            self.held = weakref.ref(noise)
         return super().apply(noise)
 
     def skip(self) -> None:
-        self._held = lambda: None
+        self.held = lambda: None
         self.left.zero_()
 
     def _fill(self, factors: tuple[Tensor, Tensor]) -> None:
         """Writes them to the tensors that compiled and captured forwards read."""
         left, right = factors
         refuse_capture(left.device)  # a forward may be captured, but not what is to be new at each step
-        dtype = compute_dtype(self.target.owner)
+        weight = self.target.weight
+        dtype = weight.tensor.dtype if isinstance(weight, DenseWeight) else compute_dtype(self.target.owner)
         if (self.left.shape, self.left.dtype, self.left.device) != (left.shape, dtype, left.device):
             self.left = lasting_empty(left.shape, dtype, left.device)
             self.right = lasting_empty(right.shape, dtype, right.device)
         self.left.copy_(left)
         self.right.copy_(right)
+
+
+class LowRankExperts(LowRankPerturbation):
+    """Adds the product to what PEFT makes of W anew in each forward, ``W + delta``: to the weights of all
+    experts in one product, which costs them no memory."""
+
+    def _forward(self, target: Target) -> Forward:
+        module, weight = target.computes, self.target.weight
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            own = own_forward(module)
+            if self._noise is None:
+                return own(*args, **kwargs)
+            self._see()
+            with _parametrized(weight, _Sum(*self._factors())):
+                return own(*args, **kwargs)
+
+        return forward
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Of each expert's matrix, as it is stored."""
+        weight, rank = self.target.weight, len(self.right)
+        assert isinstance(weight, ExpertsWeight)
+        left = self.left.view(weight.experts, -1, rank)
+        right = self.right.view(rank, -1, weight.columns).transpose(0, 1).expand(weight.experts, -1, -1)
+        return (right.mT, left.mT) if weight.row_dim else (left, right)
+
+
+class _Sum(nn.Module):
+    """A parametrization that adds a product to each matrix."""
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        super().__init__()
+        self._factors = first, second
+
+    def forward(self, weight: Tensor) -> Tensor:
+        matrices = weight.view(-1, *weight.shape[-2:])
+        with torch.autocast(weight.device.type, enabled=False):
+            if weight.is_leaf:
+                return torch.baddbmm(matrices, *self._factors).view_as(weight)
+            return matrices.baddbmm_(*self._factors).view_as(weight)  # the sum that PEFT has just made
+
+
+@contextmanager
+def _parametrized(weight: FrozenWeight, parametrization: nn.Module) -> Iterator[None]:
+    """A block in which the parameter goes through one more parametrization."""
+    assert isinstance(weight, ExpertsWeight)
+    owner, name = weight.layer, weight.name
+    parametrize.register_parametrization(owner, name, parametrization, unsafe=True)
+    try:
+        with parametrize.cached():
+            yield
+    finally:
+        chain = owner.parametrizations[name]
+        if len(chain) > 1:
+            del chain[-1]
+        else:
+            parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
 
 
 def _own(module: nn.Module, weight: FrozenWeight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -44,8 +44,6 @@ class VirtualPerturbation(Perturbation):
 
     def __init__(self, target: Target, source: NoiseSource) -> None:
         super().__init__(target, source)
-        if target.weight.kind == "experts":
-            raise UnsupportedAdapterError("PEFT makes this weight anew in each forward; perturb it in place")
         self._noise: Noise | None = None
         self._was_in_forward = False
         self._handles: list[RemovableHandle] = []
@@ -58,6 +56,10 @@ class VirtualPerturbation(Perturbation):
 
     def _forward(self, target: Target) -> Forward:
         module, weight = target.computes, self.target.weight
+        if weight.kind == "experts":
+            raise UnsupportedAdapterError(
+                "PEFT makes this weight anew in each forward; perturb it in place, or by noise of low rank"
+            )
         if isinstance(weight, DenseWeight) and is_sharded(weight.tensor):
             raise UnsupportedAdapterError("sharded weights can only be perturbed in place")
         instead = _known_forward(target)
@@ -105,8 +107,7 @@ class VirtualPerturbation(Perturbation):
         self._noise, self._was_in_forward = noise, False
         for module, forward in self._forwards.items():
             _replace_forward(module, forward)
-            if self.is_called_by_users:
-                after = self._after[module]
+            if self.is_called_by_users and (after := self._after.get(module)) is not None:
                 self._handles.append(module.register_forward_hook(after, with_kwargs=True))
         return ()
 
