@@ -38,8 +38,8 @@ class Forwards:
         self._weights = weights
         self._perturb = weakref.WeakMethod(perturb)
         self._by_gradient = by_gradient
-        self.running: list[nn.Module] = []
-        """The entrances whose forwards are under way, outermost first."""
+        self.running: list[int] = []
+        """The ids of the entrances whose forwards are under way, outermost first."""
         self._thread = 0
         self.explicit = False
         """Whether the user put the noise on, who may train in eval mode then."""
@@ -57,7 +57,7 @@ class Forwards:
         """To be called before the forward of an entrance: it finds noise, or clean weights."""
         if self.running and self._thread == threading.get_ident():
             self._drop_interrupted(module)
-        self.running.append(module)
+        self.running.append(id(module))
         if len(self.running) > 1:
             self._inside(module, self._trains)
             return
@@ -77,9 +77,9 @@ class Forwards:
 
     def ends(self, module: nn.Module, failed: bool) -> None:
         """To be called after it: what was suspended for it comes back, and after a failure no noise stays."""
-        if module not in self.running:
+        if id(module) not in self.running:
             return
-        last = len(self.running) - 1 - self.running[::-1].index(module)
+        last = len(self.running) - 1 - self.running[::-1].index(id(module))
         del self.running[last:]
         if self.running and self._suspended_for is not module:
             return
@@ -119,7 +119,7 @@ class Forwards:
                 self._suspend_for(module)
             return
         by_user = self._suspended_for is None
-        by_outermost = bool(self.running) and self._suspended_for is self.running[0]
+        by_outermost = bool(self.running) and id(self._suspended_for) == self.running[0]
         if not (by_user or by_outermost) and self._records_gradients() and trains():
             self.resume()
 
@@ -221,10 +221,10 @@ class Forwards:
             return
         under_way[id(module)] -= 1
         for i, running in enumerate(self.running):
-            if under_way[id(running)] < 1:
+            if under_way[running] < 1:
                 del self.running[i:]
                 return
-            under_way[id(running)] -= 1
+            under_way[running] -= 1
 
 
 def _modules_under_way() -> Counter[int] | None:
@@ -310,20 +310,18 @@ class Detached:
 class _ForwardHook(_ModelHook):
     def __init__(self, optimizer: Owner) -> None:
         super().__init__(optimizer)
-        self._forwards = weakref.ref(optimizer._forwards)
+        self._running = optimizer._forwards.running  # the list itself: the compiler guards what it reads
 
-    def _is_traced_inside(self) -> bool:
-        """Whether it is compiled as a part of a forward that has begun already. What begins in there can't
-        change the noise any more, and would break the graph. (The compiler guards what it reads here.)"""
-        if not torch.compiler.is_compiling():
-            return False
-        forwards = self._forwards()
-        return forwards is not None and len(forwards.running) > 0
+    def _is_traced_inside(self, module: nn.Module) -> bool:
+        """Whether the module is compiled as a part of a forward that has begun already. What begins in there
+        can't change the noise any more, and would break the graph."""
+        running = self._running
+        return torch.compiler.is_compiling() and len(running) > 0 and running[0] != id(module)
 
 
 class _BeforeForward(_ForwardHook):
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if not self._is_traced_inside():
+        if not self._is_traced_inside(module):
             self._begins(module)
 
     @uncompiled
@@ -338,7 +336,7 @@ class _BeforeForward(_ForwardHook):
 
 class _AfterForward(_ForwardHook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._is_traced_inside():
+        if not self._is_traced_inside(module):
             self._ends(module, output)
 
     @uncompiled

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.utils import parametrize
 
 from ..kernels.part import Part, refuse_capture
@@ -24,7 +25,16 @@ from ..noise import FactoredNoise, Noise, NoiseSource
 from ..targets import DenseWeight, FrozenWeight, Target
 from ..targets.sharding import is_sharded
 from ..targets.weights import ExpertsWeight, compute_dtype, own_forward
-from .virtual import Forward, VirtualPerturbation, bnb_4bit, first_of, operation_of
+from .virtual import (
+    Forward,
+    VirtualPerturbation,
+    bnb_4bit,
+    dense_linear,
+    first_of,
+    known_forward,
+    noisy_linear,
+    operation_of,
+)
 
 Add = Callable[[Any, FrozenWeight, Tensor, Tensor, Tensor, Tensor], Tensor]
 """``y + eps(x)``, of owner, weight, y, x, left and right, the last two in y's dtype."""
@@ -49,14 +59,16 @@ class LowRankPerturbation(VirtualPerturbation):
 
     def _forward(self, target: Target) -> Forward:
         module, owner, weight = target.computes, target.owner, self.target.weight
-        add = _ADDED[operation_of(target)]
+        add, known = _ADDED[operation_of(target)], known_forward(target)
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            y = _own(module, weight, args, kwargs)
             if self._noise is None:  # called by who replaced our forward by one around it
-                return y
+                return _own(module, weight, args, kwargs)
             self._see()
-            return with_noise(first_of(args, kwargs), y)
+            x, y = first_of(args, kwargs), None
+            if known in (dense_linear, bnb_4bit) and _is_alone(module, x):
+                y = _at_once(owner, weight, x, self.left, self.right)
+            return with_noise(x, _own(module, weight, args, kwargs)) if y is None else y
 
         def with_noise(x: Tensor, y: Tensor) -> Tensor:
             left, right = self.left, self.right
@@ -157,6 +169,29 @@ def _parametrized(weight: FrozenWeight, parametrization: nn.Module) -> Iterator[
             del chain[-1]
         else:
             parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
+
+
+def _is_alone(module: nn.Module, x: Tensor) -> bool:
+    """Whether the layer's forward is its own, and autograd alone follows it: ``torch.func``, forward-mode
+    derivatives and the compiler want plain operations."""
+    return not (
+        torch.compiler.is_compiling()
+        or module.__dict__.get("flatlora_forward", (None,))[0]
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or unpack_dual(x).tangent is not None
+    )
+
+
+def _at_once(owner: Any, weight: FrozenWeight, x: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
+    """The output of a linear layer, noise included; None where it is not of one dtype."""
+    if not isinstance(weight, DenseWeight):
+        return bnb_4bit(owner, weight, None, x, (left, right))
+    tensor = weight.tensor
+    if not (x.dtype == tensor.dtype == left.dtype) or is_sharded(tensor):
+        return None
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    return noisy_linear(x, owner.bias, weight, (left, right))
 
 
 def _own(module: nn.Module, weight: FrozenWeight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
