@@ -74,7 +74,7 @@ def smollm2() -> Subject:
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     text = "\n".join(sentence for sentence, _ in sentiment.sentences("movies"))
     ids = tokenizer(text[:100_000], return_tensors="pt").input_ids[0]
-    pieces = ids[: len(ids) // 128 * 128].view(-1, 1, 128)
+    pieces = ids[: len(ids) // 64 * 64].view(-1, 1, 64)
     model = training.with_lora(training.smollm2())
     return Subject(
         model,
@@ -196,7 +196,7 @@ def norms(steps: int) -> dict[str, Any]:
     reads, errors = [0] * len(optimizer.targets), []
     for number, ids in enumerate(islice(cycle([subject.batch, *subject.batches]), steps)):
         before = [rows.kept for rows in optimizer._weights.norms]
-        subject.loss(model, ids[:, :32]).backward()
+        subject.loss(model, ids).backward()
         kept = [rows.kept for rows in optimizer._weights.norms]
         reads = [n + (new is not old) for n, new, old in zip(reads, kept, before, strict=True)]
         if number % 10 == 9:

@@ -84,7 +84,7 @@ class LowRankNoise(GaussianNoise):
 
     noise_type = FactoredNoise
 
-    def __init__(self, rank: int = 4) -> None:
+    def __init__(self, rank: int = 2) -> None:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"the rank of the noise must be an int >= 1, got {rank!r}")
         self.rank = rank
