@@ -12,7 +12,7 @@
 
 from .gaussian import GaussianNoise, NoiseSource
 from .key import NoiseKey
-from .low_rank import FactoredNoise, LowRankNoise
+from .low_rank import FactoredNoise, LowRankNoise, let_go
 from .noise import Noise
 from .sources import noise_source
 from .table import NoiseTable
@@ -25,5 +25,6 @@ __all__ = [
     "NoiseKey",
     "NoiseSource",
     "NoiseTable",
+    "let_go",
     "noise_source",
 ]

@@ -38,8 +38,8 @@ class Forwards:
         self._weights = weights
         self._perturb = weakref.WeakMethod(perturb)
         self._by_gradient = by_gradient
-        self.running: list[nn.Module] = []
-        """The entrances whose forwards are under way, outermost first."""
+        self.running: list[int] = []
+        """The ids of the entrances whose forwards are under way, outermost first."""
         self._thread = 0
         self.explicit = False
         """Whether the user put the noise on, who may train in eval mode then."""
@@ -57,7 +57,7 @@ class Forwards:
         """To be called before the forward of an entrance: it finds noise, or clean weights."""
         if self.running and self._thread == threading.get_ident():
             self._drop_interrupted(module)
-        self.running.append(module)
+        self.running.append(id(module))
         if len(self.running) > 1:
             self._inside(module, self._trains)
             return
@@ -77,9 +77,9 @@ class Forwards:
 
     def ends(self, module: nn.Module, failed: bool) -> None:
         """To be called after it: what was suspended for it comes back, and after a failure no noise stays."""
-        if module not in self.running:
+        if id(module) not in self.running:
             return
-        last = len(self.running) - 1 - self.running[::-1].index(module)
+        last = len(self.running) - 1 - self.running[::-1].index(id(module))
         del self.running[last:]
         if self.running and self._suspended_for is not module:
             return
@@ -119,7 +119,7 @@ class Forwards:
                 self._suspend_for(module)
             return
         by_user = self._suspended_for is None
-        by_outermost = bool(self.running) and self._suspended_for is self.running[0]
+        by_outermost = bool(self.running) and id(self._suspended_for) == self.running[0]
         if not (by_user or by_outermost) and self._records_gradients() and trains():
             self.resume()
 
@@ -221,10 +221,10 @@ class Forwards:
             return
         under_way[id(module)] -= 1
         for i, running in enumerate(self.running):
-            if under_way[id(running)] < 1:
+            if under_way[running] < 1:
                 del self.running[i:]
                 return
-            under_way[id(running)] -= 1
+            under_way[running] -= 1
 
 
 def _modules_under_way() -> Counter[int] | None:
@@ -307,9 +307,25 @@ class Detached:
         return None
 
 
-class _BeforeForward(_ModelHook):
-    @uncompiled
+class _ForwardHook(_ModelHook):
+    def __init__(self, optimizer: Owner) -> None:
+        super().__init__(optimizer)
+        self._running = optimizer._forwards.running  # the list itself: the compiler guards what it reads
+
+    def _is_traced_inside(self, module: nn.Module) -> bool:
+        """Whether the module is compiled as a part of a forward that has begun already. What begins in there
+        can't change the noise any more, and would break the graph."""
+        running = self._running
+        return torch.compiler.is_compiling() and len(running) > 0 and running[0] != id(module)
+
+
+class _BeforeForward(_ForwardHook):
     def __call__(self, module: nn.Module, args: Any) -> None:
+        if not self._is_traced_inside(module):
+            self._begins(module)
+
+    @uncompiled
+    def _begins(self, module: nn.Module) -> None:
         if (optimizer := self._optimizer()) is not None and not _in_backward():
             if _is_replica(module):
                 optimizer._forwards.check_replica(module)
@@ -318,9 +334,13 @@ class _BeforeForward(_ModelHook):
                 optimizer._forwards.begins(module)
 
 
-class _AfterForward(_ModelHook):
-    @uncompiled
+class _AfterForward(_ForwardHook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._is_traced_inside(module):
+            self._ends(module, output)
+
+    @uncompiled
+    def _ends(self, module: nn.Module, output: Any) -> None:
         if (optimizer := self._optimizer()) is not None and not _in_backward() and not _is_replica(module):
             # torch calls the hook without an output for an exception on its way out.
             failed = output is None and sys.exc_info()[0] is not None

@@ -19,7 +19,7 @@ from ..targets import (
 )
 from .base import Perturbation
 from .in_place import InPlace
-from .low_rank import LowRankPerturbation
+from .low_rank import LowRankExperts, LowRankPerturbation
 from .virtual import VirtualPerturbation
 
 
@@ -132,5 +132,6 @@ def choose_perturbation(
 
 def _in_forward(target: Target, source: NoiseSource) -> Perturbation:
     if isinstance(source, LowRankNoise):
-        return LowRankPerturbation(target, source)
+        kind = LowRankExperts if target.weight.kind == "experts" else LowRankPerturbation
+        return kind(target, source)
     return VirtualPerturbation(target, source)

@@ -103,6 +103,7 @@ class PeftParameter(PeftLoRA):
         # Where PEFT has not swapped them, experts are stored (inputs, outputs).
         is_transposed = parameter.ndim == 3 and not is_set(module, "_did_swap_in_out_features")
         target = cls(name, module, owner, ExpertsWeight(owner, parameter_name, is_transposed))
+        target.computes = module.base_layer  # type: ignore[assignment]
         target.delta()
         return target
 
