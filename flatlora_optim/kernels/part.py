@@ -76,8 +76,8 @@ def refuse_capture(device: torch.device) -> None:
     if is_captured(device):
         raise RuntimeError(
             "noise can't come or go while a CUDA graph is captured: each replay would repeat the noise of "
-            "one step. Capture forward and backward alone, of weights that are perturbed in place, with "
-            "`auto=False`, and replay the graph inside of `with optimizer.perturbed():`"
+            "one step. Capture forward and backward alone, of weights that are perturbed in place or by "
+            "low-rank noise, with `auto=False`, and replay the graph inside of `with optimizer.perturbed():`"
         )
 
 

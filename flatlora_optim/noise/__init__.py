@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from .gaussian import GaussianNoise, NoiseSource
 from .key import NoiseKey
-from .low_rank import FactoredNoise, LowRankNoise
+from .low_rank import FactoredNoise, LowRankNoise, drop_scales
 from .noise import Noise
 from .table import NoiseTable
 
@@ -27,6 +27,7 @@ __all__ = [
     "NoiseKey",
     "NoiseSource",
     "NoiseTable",
+    "drop_scales",
     "noise_source",
 ]
 

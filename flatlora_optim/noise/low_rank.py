@@ -10,6 +10,7 @@ is 6 / r. (Low-rank perturbations stand for full Gaussian ones in evolution stra
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -33,9 +34,12 @@ class FactoredNoise(Noise):
         """``left`` and ``right`` with ``eps = left @ right``, shapes ``(m, r)`` and ``(r, n)``, float32.
 
         They are for the whole weight, also if it is sharded. m counts output neurons, also if it is stored
-        transposed.
+        transposed; then n counts the inputs of all experts, one after the other.
         """
         left, right = self._drawn()
+        if self.grid.group:
+            left = left.repeat(self.grid.rows // self.grid.group, 1)
+        assert len(left) == len(self.scales), "the scales have been dropped"
         return left * (self.scales / math.sqrt(self.source.rank))[:, None], right
 
     def _drawn(self) -> tuple[Tensor, Tensor]:
@@ -61,6 +65,13 @@ class FactoredNoise(Noise):
         return torch.mm(left[first : first + len(out)], right, out=out)
 
 
+def drop_scales(noises: Sequence[FactoredNoise]) -> None:
+    """Drops the scales but for their norm, which loggers ask for: the factors contain them."""
+    if noises:
+        for noise, norm in zip(noises, torch._foreach_norm([n.scales for n in noises]), strict=True):
+            noise.scales = norm[None]
+
+
 class LowRankNoise(GaussianNoise):
     """Noise of low rank, for as little as a few percent of a training step.
 
@@ -73,7 +84,7 @@ class LowRankNoise(GaussianNoise):
 
     noise_type = FactoredNoise
 
-    def __init__(self, rank: int = 4) -> None:
+    def __init__(self, rank: int = 2) -> None:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"the rank of the noise must be an int >= 1, got {rank!r}")
         self.rank = rank

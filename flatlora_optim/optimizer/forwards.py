@@ -38,8 +38,8 @@ class Forwards:
         self._weights = weights
         self._perturb = weakref.WeakMethod(perturb)
         self._by_gradient = by_gradient
-        self.running: list[nn.Module] = []
-        """The entrances whose forwards are running, outermost first."""
+        self.running: list[int] = []
+        """The ids of the entrances whose forwards are running, outermost first."""
         self._thread = 0
         self.explicit = False
         """Whether the user put the noise on. Then forwards in eval mode may train, too."""
@@ -57,7 +57,7 @@ class Forwards:
         """Call this before the forward of an entrance. It decides: noise, or clean weights."""
         if self.running and self._thread == threading.get_ident():
             self._drop_interrupted(module)
-        self.running.append(module)
+        self.running.append(id(module))
         if len(self.running) > 1:
             self._inside(module, self._trains)
             return
@@ -77,9 +77,9 @@ class Forwards:
 
     def ends(self, module: nn.Module, failed: bool) -> None:
         """Call this after it: noise that was suspended for it comes back, and after a failure none stays."""
-        if module not in self.running:
+        if id(module) not in self.running:
             return
-        last = len(self.running) - 1 - self.running[::-1].index(module)
+        last = len(self.running) - 1 - self.running[::-1].index(id(module))
         del self.running[last:]
         if self.running and self._suspended_for is not module:
             return
@@ -119,7 +119,7 @@ class Forwards:
                 self._suspend_for(module)
             return
         by_user = self._suspended_for is None
-        by_outermost = bool(self.running) and self._suspended_for is self.running[0]
+        by_outermost = bool(self.running) and id(self._suspended_for) == self.running[0]
         if not (by_user or by_outermost) and self._records_gradients() and trains():
             self.resume()
 
@@ -221,10 +221,10 @@ class Forwards:
             return
         under_way[id(module)] -= 1
         for i, running in enumerate(self.running):
-            if under_way[id(running)] < 1:
+            if under_way[running] < 1:
                 del self.running[i:]
                 return
-            under_way[id(running)] -= 1
+            under_way[running] -= 1
 
 
 def _modules_under_way() -> Counter[int] | None:

@@ -71,9 +71,25 @@ class Detached:
         return None
 
 
-class _BeforeForward(_ModelHook):
-    @uncompiled
+class _ForwardHook(_ModelHook):
+    def __init__(self, optimizer: Owner) -> None:
+        super().__init__(optimizer)
+        self._running = optimizer._forwards.running  # the list itself: the compiler guards what it reads
+
+    def _is_traced_inside(self, module: nn.Module) -> bool:
+        """Whether the module is compiled as a part of a forward that has begun already. A forward that begins
+        there can't change the noise any more, and a hook would break the graph."""
+        running = self._running
+        return torch.compiler.is_compiling() and len(running) > 0 and running[0] != id(module)
+
+
+class _BeforeForward(_ForwardHook):
     def __call__(self, module: nn.Module, args: Any) -> None:
+        if not self._is_traced_inside(module):
+            self._begins(module)
+
+    @uncompiled
+    def _begins(self, module: nn.Module) -> None:
         if (optimizer := self._optimizer()) is not None and not _in_backward():
             if _is_replica(module):
                 optimizer._forwards.check_replica(module)
@@ -82,9 +98,13 @@ class _BeforeForward(_ModelHook):
                 optimizer._forwards.begins(module)
 
 
-class _AfterForward(_ModelHook):
-    @uncompiled
+class _AfterForward(_ForwardHook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._is_traced_inside(module):
+            self._ends(module, output)
+
+    @uncompiled
+    def _ends(self, module: nn.Module, output: Any) -> None:
         if (optimizer := self._optimizer()) is not None and not _in_backward() and not _is_replica(module):
             # After an exception, torch calls the hook without an output.
             failed = output is None and sys.exc_info()[0] is not None
@@ -204,9 +224,11 @@ def hook_state_dicts(optimizer: Owner, model: nn.Module) -> list[Handle]:
     """Watches the model, and each module that owns a tensor with noise."""
     hook = _CleanStateDict(optimizer)
     places = {sharding.place_of(tensor) for tensor in optimizer._weights.tensors()} - {None}
+    # A layer that an adapter holds, but not as a submodule, as kohya's do, is not among the model's modules.
+    owners = (sharing.owner for target in optimizer.targets for sharing in target.sharing)
     return [
         module._register_state_dict_hook(hook)
-        for module in model.modules()
+        for module in dict.fromkeys((*model.modules(), *owners))
         if module is model
         or any(
             sharding.place_of(tensor) in places

@@ -23,7 +23,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..kernels import kernels_of
 from ..kernels.part import read
-from ..noise import Noise, NoiseKey, NoiseSource
+from ..noise import Noise, NoiseKey, NoiseSource, drop_scales
 from ..targets import DenseWeight, Target, sharding
 from ..targets.scales import RowNorms, merged_norms, row_scales
 from ..targets.sharding import local_part
@@ -202,7 +202,7 @@ class NoisyWeights:
         shares: dict[torch.dtype, list[float]] = {}
         for perturbation, noise in zip(self.perturbations, noises, strict=True):
             weight = perturbation.target.weight
-            if noise is None or isinstance(perturbation, LowRankPerturbation):
+            if noise is None or (isinstance(perturbation, LowRankPerturbation) and weight.kind != "experts"):
                 continue  # it is not added to the weight
             if isinstance(weight, DenseWeight) and weight.tensor.element_size() == 2:
                 share = noise.share_lost(local_part(weight.tensor), strength)
@@ -242,6 +242,8 @@ class NoisyWeights:
                 # A merged layer trains nothing, and unmerging it would look like somebody else's write.
                 pairs = zip(self.targets, self._noises, strict=True)
                 apply_all(self.perturbations, [None if target.merged else noise for target, noise in pairs])
+                low_rank = (p for p in self.perturbations if isinstance(p, LowRankPerturbation))
+                drop_scales([noise for p in low_rank if (noise := p.held()) is not None])
             versions.close()
             take_checksums(self.perturbations)
         except BaseException:

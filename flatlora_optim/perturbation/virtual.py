@@ -46,8 +46,6 @@ class VirtualPerturbation(Perturbation):
 
     def __init__(self, target: Target, source: NoiseSource) -> None:
         super().__init__(target, source)
-        if target.weight.kind == "experts":
-            raise UnsupportedAdapterError("PEFT computes this weight in each forward; perturb it in place")
         self._noise: Noise | None = None
         self._was_in_forward = False
         self._handles: list[RemovableHandle] = []
@@ -60,9 +58,13 @@ class VirtualPerturbation(Perturbation):
 
     def _forward(self, target: Target) -> Forward:
         module, weight = target.computes, self.target.weight
+        if weight.kind == "experts":
+            raise UnsupportedAdapterError(
+                "PEFT computes this weight in each forward; perturb it in place, or by noise of low rank"
+            )
         if isinstance(weight, DenseWeight) and is_sharded(weight.tensor):
             raise UnsupportedAdapterError("sharded weights can only be perturbed in place")
-        instead = _known_forward(target)
+        instead = known_forward(target)
         on_top = _ON_TOP[operation_of(target)]
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -107,8 +109,7 @@ class VirtualPerturbation(Perturbation):
         self._noise, self._was_in_forward = noise, False
         for module, forward in self._forwards.items():
             _replace_forward(module, forward)
-            if self.is_called_by_users:
-                after = self._after[module]
+            if self.is_called_by_users and (after := self._after.get(module)) is not None:
                 self._handles.append(module.register_forward_hook(after, with_kwargs=True))
         return ()
 
@@ -147,7 +148,7 @@ def _put_forward_back(owner: nn.Module, forward: Forward) -> None:
     del owner.__dict__["flatlora_forward"]
 
 
-def _known_forward(target: Target) -> Compute | None:
+def known_forward(target: Target) -> Compute | None:
     """What computes the layer's output with noise, if we know its class's forward exactly."""
     owner, weight = target.owner, target.weight
     if target.computes is not owner:
@@ -159,7 +160,7 @@ def _known_forward(target: Target) -> Compute | None:
     if not isinstance(weight, DenseWeight):
         return None
     if forward is nn.Linear.forward or forward.__qualname__ == "Conv1D.forward":
-        return _dense_linear
+        return dense_linear
     if forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
         return _dense_convolution
     return _dense_embedding if forward is nn.Embedding.forward else None
@@ -173,7 +174,7 @@ def operation_of(target: Target) -> str:
     """
     owner = target.owner
     has_adapter = target.layer is target.computes or has_foreign_forward(owner)
-    if isinstance(target.weight, DenseWeight) and not has_adapter and _known_forward(target) is None:
+    if isinstance(target.weight, DenseWeight) and not has_adapter and known_forward(target) is None:
         raise UnsupportedAdapterError(
             f"virtual mode does not know the forward of this {type(owner).__name__}; perturb it in place"
         )
@@ -212,25 +213,55 @@ class _NoiseAlone:
 
 
 class _Linear(torch.autograd.Function):
-    """``F.linear(x, make(dtype), bias)``, whose backward makes the matrix again."""
+    """``F.linear(x, weight + left @ right, bias)``.
+
+    Thin products are added in place to the large one's result, in forward and in backward. Autograd would
+    write them to other memory first, which costs as much as the products themselves.
+
+    Args:
+        weight: A matrix, or a function that makes it again in each pass.
+        left, right: The factors of low-rank noise, if there is any.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, make: Make, is_transposed: bool) -> Tensor:
-        ctx.make, ctx.dtype, ctx.is_transposed = make, x.dtype, is_transposed
-        matrix = make(x.dtype)
-        return F.linear(x, matrix.T if is_transposed else matrix, bias)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        weight: Tensor | Make,
+        is_transposed: bool,
+        left: Tensor | None,
+        right: Tensor | None,
+    ) -> Tensor:
+        ctx.make, ctx.dtype, ctx.is_transposed = weight, x.dtype, is_transposed
+        if isinstance(weight, Tensor):
+            ctx.make, matrix = None, weight
+            ctx.save_for_backward(left, right, weight)
+        else:
+            matrix = weight(x.dtype)
+            ctx.save_for_backward(left, right)
+        y = F.linear(x, matrix.T if is_transposed else matrix, bias)
+        return y if left is None or right is None else _add_product(y, x, right.T, left.T)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, *saved = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            matrix = ctx.make(ctx.dtype)
+            matrix = ctx.make(ctx.dtype) if ctx.make else saved[0]
             with _no_autocast(grad):
                 grad_x = grad @ (matrix.T if ctx.is_transposed else matrix)
+                if left is not None:
+                    grad_x = _add_product(grad_x, grad, left, right)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_x, grad_bias, None, None
+        return grad_x, grad_bias, None, None, None, None
+
+
+def _add_product(y: Tensor, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """``y += x @ first @ second``, in place."""
+    y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ first, second)
+    return y
 
 
 class _ByItsOwnForward(torch.autograd.Function):
@@ -256,18 +287,34 @@ class _ByItsOwnForward(torch.autograd.Function):
         return grad_x, None, None
 
 
-def _dense_linear(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
+def dense_linear(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
     return _linear(x, owner.bias, weight, noise)
 
 
-def _linear(x: Tensor, bias: Tensor | None, weight: FrozenWeight, noise: Noise | None) -> Tensor:
+Factors = tuple[Tensor | None, Tensor | None]
+"""The two factors of low-rank noise, or None."""
+
+
+def _linear(
+    x: Tensor,
+    bias: Tensor | None,
+    weight: FrozenWeight,
+    noise: Noise | None,
+    factors: Factors = (None, None),
+) -> Tensor:
     x, bias = _as_autocast(x, bias)
-    out: Tensor = _Linear.apply(x, bias, _NoisyWeight(weight, noise), weight.row_dim == 1)
+    out: Tensor = _Linear.apply(x, bias, _NoisyWeight(weight, noise), weight.row_dim == 1, *factors)
+    return out
+
+
+def noisy_linear(x: Tensor, bias: Tensor | None, weight: DenseWeight, factors: Factors) -> Tensor:
+    """``F.linear(x, W + left @ right, bias)``, all of one dtype."""
+    out: Tensor = _Linear.apply(x, bias, weight.tensor, weight.row_dim == 1, *factors)
     return out
 
 
 def _multiplied_noise(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
-    out: Tensor = _Linear.apply(x, None, _NoiseAlone(weight, noise), weight.row_dim == 1)
+    out: Tensor = _Linear.apply(x, None, _NoiseAlone(weight, noise), weight.row_dim == 1, None, None)
     return out
 
 
@@ -314,15 +361,18 @@ def _embedded_noise(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -
         return F.embedding(x, _NoiseAlone(weight, noise)(torch.float32))
 
 
-def bnb_4bit(owner: Any, weight: FrozenWeight, noise: Noise | None, x: Tensor) -> Tensor:
+def bnb_4bit(
+    owner: Any, weight: FrozenWeight, noise: Noise | None, x: Tensor, factors: Factors = (None, None)
+) -> Tensor:
     if not owner.compute_type_is_set:
         owner.set_compute_type(x)
         owner.compute_type_is_set = True
     dtype = x.dtype if owner.compute_dtype is None else owner.compute_dtype
     bias = None if owner.bias is None else owner.bias.to(dtype)
+    left, right = (None if factor is None else factor.to(dtype) for factor in factors)
     # bitsandbytes' own kernels compute in `compute_dtype`, whatever autocast says.
     with _no_autocast(x):
-        out = _linear(x.to(dtype), bias, weight, noise)
+        out = _linear(x.to(dtype), bias, weight, noise, (left, right))
     return out.to(x.dtype)
 
 
