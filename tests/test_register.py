@@ -165,7 +165,7 @@ def unused_weight() -> nn.Module:
 
 
 LIES: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "a wrong scaling": (lambda: square(scaling=1.0), r"the adapter adds 1\.5 times what scaling"),
+    "a wrong scaling": (lambda: square(scaling=1.0), r"the adapter adds 1\.5 times scaling"),
     "a swapped axis": (lambda: square(transposed=True), r"changes the output by .* the two differ by"),
     "A for B": (lambda: square(lora_A="lora_B", lora_B="lora_A"), r"changes the output by .* differ by"),
     "a transposed A": (
