@@ -130,17 +130,14 @@ def _checksum(weight: Tensor) -> int:
 class Part(part.Part):
     """C keeps the state of a part: no Python exception can come in between."""
 
-    def __init__(
-        self, rows: Tensor, noise: Recipe, lo: int, hi: int, keep: Keep, copy: Tensor | None = None
-    ) -> None:
-        super().__init__(rows, noise, lo, hi, keep, copy)
+    def _prepare(self) -> None:
         self._library = library()
         self._record = _Part(
-            weight=rows.data_ptr(),
-            copy=None if copy is None else copy.data_ptr(),
-            numel=rows.numel(),
-            format=_FORMATS[rows.dtype],
-            keeps_journal=keep is Keep.JOURNAL,
+            weight=self.rows.data_ptr(),
+            copy=None if self.copy is None else self.copy.data_ptr(),
+            numel=self.rows.numel(),
+            format=_FORMATS[self.rows.dtype],
+            keeps_journal=self.keep is Keep.JOURNAL,
         )
 
     @property

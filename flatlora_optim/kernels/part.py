@@ -101,6 +101,10 @@ class Part:
         self.rows, self.noise, self.lo, self.hi = rows, noise, lo, hi
         self.keep, self.copy = keep, copy
         self._storage = rows.untyped_storage()  # kept alive, even if the tensor gets another
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """For what a subclass needs further."""
 
     is_perturbed = False
     """Whether the rows carry the noise right now."""

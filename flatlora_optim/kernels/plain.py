@@ -115,10 +115,8 @@ class Part(part.Part):
 
     _journal: Journal | None = None
 
-    def __init__(
-        self, rows: Tensor, noise: Recipe, lo: int, hi: int, keep: Keep, copy: Tensor | None = None
-    ) -> None:
-        super().__init__(rows.detach(), noise, lo, hi, keep, copy)  # stays where it is
+    def _prepare(self) -> None:
+        self.rows = self.rows.detach()  # stays on this memory, even if the tensor gets another
 
     @classmethod
     def perturb_all(cls, parts: Sequence[Part]) -> None:  # type: ignore[override]

@@ -72,11 +72,8 @@ class Part(part.Part):
 
     memory: _Batch | None = None
 
-    def __init__(
-        self, rows: Tensor, noise: Recipe, lo: int, hi: int, keep: Keep, copy: Tensor | None = None
-    ) -> None:
-        super().__init__(rows, noise, lo, hi, keep, copy)
-        self.address = rows.data_ptr()
+    def _prepare(self) -> None:
+        self.address = self.rows.data_ptr()
 
     @property
     def nbytes(self) -> int:

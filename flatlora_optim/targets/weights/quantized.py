@@ -105,7 +105,28 @@ class Bnb8bitWeight(FrozenWeight):
         return values.mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
 
 
-class ReadOnlyWeight(FrozenWeight):
+class _UnwritableWeight(FrozenWeight):
+    """A weight in whatever tensors its layer keeps it."""
+
+    _shape: torch.Size
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._shape
+
+    @property
+    def device(self) -> torch.device:
+        return next((tensor.device for tensor in self.tensors()), torch.device("cpu"))
+
+    def tensors(self) -> Iterator[Tensor]:
+        return frozen_tensors(self.layer)
+
+    def identity(self) -> Hashable:
+        weight = getattr(self.layer, "weight", None)
+        return id(weight) if isinstance(weight, nn.Parameter) else id(self.layer)
+
+
+class ReadOnlyWeight(_UnwritableWeight):
     """A weight whose values can be read, but not written: torchao, HQQ, float8, weights that are computed
     from others."""
 
@@ -120,26 +141,11 @@ class ReadOnlyWeight(FrozenWeight):
         with torch.no_grad():
             return self._read(self.layer).detach()
 
-    @property
-    def shape(self) -> torch.Size:
-        return self._shape
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.tensors()).device
-
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self._values().to(dtype, copy=True)
 
     def slices(self) -> Iterator[tuple[int, int, Tensor]]:
         return self._slices_of(self._values())
-
-    def tensors(self) -> Iterator[Tensor]:
-        return frozen_tensors(self.layer)
-
-    def identity(self) -> Hashable:
-        weight = getattr(self.layer, "weight", None)
-        return id(weight) if isinstance(weight, nn.Parameter) else id(self.layer)
 
 
 def reader_of(owner: nn.Module, name: str) -> Callable[[nn.Module], Tensor] | None:
@@ -164,7 +170,7 @@ def reader_of(owner: nn.Module, name: str) -> Callable[[nn.Module], Tensor] | No
     return None
 
 
-class OpaqueWeight(FrozenWeight):
+class OpaqueWeight(_UnwritableWeight):
     """Any other frozen linear layer, of which we know only its forward.
 
     ``W`` is read by sending rows of the identity matrix through the layer.
@@ -175,17 +181,6 @@ class OpaqueWeight(FrozenWeight):
     def __init__(self, layer: nn.Module, shape: tuple[int, int]) -> None:
         super().__init__(layer)
         self._shape = torch.Size(shape)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self._shape
-
-    @property
-    def device(self) -> torch.device:
-        return next((tensor.device for tensor in self.tensors()), torch.device("cpu"))
-
-    def tensors(self) -> Iterator[Tensor]:
-        return frozen_tensors(self.layer)
 
     @torch.no_grad()
     def _apply(self, x: Tensor) -> Tensor:
@@ -208,9 +203,6 @@ class OpaqueWeight(FrozenWeight):
 
     def row_dots(self, other: Tensor) -> Tensor:
         raise NotImplementedError("row_dots needs a weight that can be dequantized")
-
-    def identity(self) -> Hashable:
-        return id(self.layer)
 
 
 def frozen_tensors(layer: nn.Module) -> Iterator[Tensor]:
