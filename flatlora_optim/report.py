@@ -31,7 +31,7 @@ _PACKAGES = (
     "torchao",
     "hqq",
 )
-_VARIABLES = "CC", "FLATLORA_NATIVE", "TRITON_INTERPRET"
+_VARIABLES = "CC", "FLATLORA_NATIVE", "FLATLORA_TRITON", "TRITON_INTERPRET"
 
 _ASK = """
 Which weights are perturbed, and how, only the process that holds the optimizer can tell. Please add what

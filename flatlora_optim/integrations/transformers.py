@@ -23,7 +23,8 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
     It wraps the optimizer that the trainer has built when training begins, and takes itself out when it
     ends. ``args.optim``, learning rate, weight decay, scheduler and checkpoints stay the trainer's. The
     length of the run and the step are the trainer's, too, also when it resumes or starts over. Each time
-    the trainer logs a loss, sigma and the noise norm of the last step go with it.
+    the trainer logs a loss, sigma and the noise norm of the last step go with it. ``print(callback)`` shows
+    what is perturbed, also after training.
 
     Args:
         optimizer: Only for an optimizer of your own, which the trainer was given as
@@ -62,6 +63,7 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
         self._options = None if sigma is None else checked_options(sigma=sigma, **seeded)
         self.optimizer = optimizer
         """The one in use, if any."""
+        self._described = "has not wrapped an optimizer yet: that is done when training begins"
         self._handles: list[Any] = []
         self._wanted: int | None = None  # the step whose metrics will be logged
         self._metrics: dict[str, float] = {}
@@ -200,8 +202,12 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
             handle.remove()
         self._handles = []
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self.optimizer or self._described}"
+
     def _take_out(self) -> None:
         if self.optimizer is not None:
+            self._described = repr(self.optimizer)
             self.optimizer.detach()
             self.optimizer = None
 

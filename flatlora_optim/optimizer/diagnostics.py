@@ -41,6 +41,10 @@ LATE = (
     "the adapters learn without noise, because they became active after the first forward of the step. "
     "Switch adapters between steps"
 )
+PAST_THE_END = (
+    "training goes on after total_steps={}, with the noise at its peak. It counts optimizer steps: "
+    "epochs * ceil(batches / accumulation)"
+)
 REPLACED = (
     "the model's adapters are not those in the optimizer, so that they would learn nothing: something has "
     "put new tensors in their place, as PEFT does when it loads a checkpoint over adapters of another dtype. "
@@ -139,7 +143,7 @@ class Coverage(NamedTuple):
     noisy: int
     """Matrices that belong to the adapters of a perturbed weight."""
     trained: int
-    """All matrices in the base optimizer."""
+    """All matrices that the base optimizer trains."""
     elements: int
     """Elements of the perturbed weights."""
 
@@ -151,7 +155,7 @@ class Coverage(NamedTuple):
 def coverage(targets: Sequence[Target], parameters: Sequence[Tensor]) -> Coverage:
     """Counts the trained parameters of two and more dims, and those that belong to the targets."""
     covered = _adapters_of(targets)
-    trained = [p for p in parameters if p.ndim > 1]
+    trained = [p for p in parameters if p.ndim > 1 and p.requires_grad]
     return Coverage(
         sum(id(p) in covered for p in trained),
         len(trained),

@@ -28,7 +28,7 @@ from .param_groups import (
     complete_groups,
     fill_groups,
 )
-from .schedule import Schedule, factor
+from .schedule import Schedule, factor, needs_total_steps
 from .wrapper import OptimizerWrapper
 
 
@@ -96,6 +96,10 @@ class NoiseState(OptimizerWrapper):
     @property
     def _factor(self) -> float:
         return factor(self._schedule, self.step_count, self.total_steps)
+
+    def _is_past_the_end(self) -> bool:
+        total = self.total_steps
+        return needs_total_steps(self._schedule) and total is not None and self.step_count >= total
 
     def _sigmas(self, targets: Sequence[Target]) -> list[float]:
         """Of each target: that of the groups which hold its adapters."""
