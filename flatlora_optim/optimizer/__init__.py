@@ -3,7 +3,7 @@
 ================  ======================================================================
 ``flatlora``      :class:`.FlatLoRAOptimizer`: noise around a step
 ``adoption``      taking over an optimizer that somebody else has built, and giving it back
-``hooks``         the automatic style: which forwards see noise, and which clean weights
+``hooks``         the automatic style: which forwards see noise, and which clean weights; merges
 ``other_steps``   steps of the same adapters by somebody else
 ``diagnostics``   what is told of noise that is not there
 ``schedule``      how the noise grows over training: ``sigma_t``
