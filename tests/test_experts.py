@@ -288,7 +288,7 @@ def test_landscape() -> None:
     model = gpt_oss()
     around = expected_loss(model, loss_of, sigma=0.05, samples=2)
     assert around.mean != around.at_minimum
-    with pytest.raises(ValueError, match="makes its weight anew"):
+    with pytest.raises(ValueError, match="computes its weight in each forward"):
         top_eigenvalue(model, loss_of)
     assert isinstance(flatlora(model), FlatLoRAOptimizer)
 
