@@ -2,7 +2,8 @@
 
 Plain operations of torch on two thin tensors that lie where they are from step to step. So the layer's
 own forward runs, whatever it is; autograd, ``torch.compile`` and CUDA graphs see nothing new at a step; and
-nothing of the weight's size is made.
+nothing of the weight's size is made. Linear layers, of which there are most, write each output once where
+autograd alone follows (``_at_once``).
 """
 
 from __future__ import annotations

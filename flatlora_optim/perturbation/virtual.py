@@ -31,6 +31,8 @@ from .base import Perturbation
 Forward = Callable[..., Tensor]
 Compute = Callable[[Any, FrozenWeight, Noise, Tensor], Tensor]
 """The output of a layer (its owner, weight, noise and input), or what the noise adds to it."""
+Factors = tuple[Tensor | None, Tensor | None]
+"""The two thin tensors whose product is a noise of low rank, or none."""
 
 
 class VirtualPerturbation(Perturbation):
@@ -315,10 +317,6 @@ class _ByItsOwnForward(torch.autograd.Function):
 
 def dense_linear(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
     return _linear(x, owner.bias, weight, noise)
-
-
-Factors = tuple[Tensor | None, Tensor | None]
-"""The two thin tensors whose product is a noise of low rank, or none."""
 
 
 def _linear(
