@@ -92,10 +92,10 @@ def _compiler() -> str:
 
 def _kernels(device: str) -> str:
     """The name of the kernels there, and why they are not faster ones."""
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         name = kernels_of(torch.device(device)).name
-    return "; ".join([f"noise by {name}", *(str(each.message) for each in told)])
+    return "; ".join([f"noise by {name}", *(str(each.message) for each in caught)])
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def test_a_checkpoint_does_not_replace_what_was_asked_for_in_silence() -> None:
         custom.load_state_dict(saved)
 
 
-def test_going_on_with_other_noise_is_told() -> None:
+def test_going_on_with_other_noise_is_reported() -> None:
     def with_noise(noise: str) -> tuple[nn.Module, FlatLoRAOptimizer]:
         model = lora_mlp()
         return model, flatlora(model, base=torch.optim.AdamW, noise=noise)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import bitsandbytes as bnb
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatlora_optim import FlatLoRAOptimizer, find_targets
+from flatlora_optim import FlatLoRAOptimizer, find_targets, register
 from helpers import NORM_ERROR, fingerprint, int_view, trainable
 
 SIGMA = 0.2
@@ -137,9 +139,15 @@ class Torchtune(nn.Module):
         return self.weight + 1.5 * self.lora_b.weight @ self.lora_a.weight
 
 
-class Setup:
+class Setup(list[str]):
+    """AdapterHub's composition of adapters."""
+
     def flatten(self) -> set[str]:
-        return {"x"}
+        return set(self)
+
+
+class Average(Setup):
+    weights = (0.75, 0.25)
 
 
 class AdapterHub(nn.Linear):
@@ -147,18 +155,17 @@ class AdapterHub(nn.Linear):
 
     location_key = "selfattn_lora"
 
-    def __init__(self) -> None:
+    def __init__(self, setup: Setup | None = None) -> None:
         super().__init__(8, 5)
         self.weight = uneven(self.weight)
         self.bias.requires_grad_(False)
-        self.fan_in_fan_out, self.merged, self.setup = False, None, Setup()
+        self.fan_in_fan_out, self.merged, self.setup = False, None, setup or Setup("x")
         self.loras = nn.ModuleDict()
         for name in ("x", "y"):
             lora = nn.Module()
             lora.lora_A, lora.lora_B = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.randn(5, 2))
             lora.scaling, lora.use_gating, lora.composition_mode = 0.5, False, "add"
-            self.loras[name] = lora
-        self.loras["y"].requires_grad_(False)
+            self.loras[name] = lora.requires_grad_(name in self.setup)
 
     def get_active_setup(self) -> Any:
         return self.setup
@@ -168,8 +175,11 @@ class AdapterHub(nn.Linear):
         return y if self.setup is None else y + x @ self.product().T
 
     def product(self) -> Tensor:
-        lora = self.loras["x"]
-        return lora.scaling * lora.lora_B @ lora.lora_A
+        active = [self.loras[name] for name in self.setup]
+        products = [lora.scaling * lora.lora_B @ lora.lora_A for lora in active]
+        if len(products) == 1:
+            return products[0]
+        return torch.stack([w * each for w, each in zip(self.setup.weights, products, strict=True)]).mean(0)
 
     def whole(self) -> Tensor:
         return self.weight + self.product()
@@ -207,6 +217,7 @@ LAYERS: dict[str, tuple[Callable[[], Any], str]] = {
     "torchtune's LoRALinear": (lambda: Torchtune(dora=False), "weight"),
     "torchtune's DoRALinear": (lambda: Torchtune(dora=True), "weight"),
     "AdapterHub": (AdapterHub, "weight"),
+    "AdapterHub's Average": (lambda: AdapterHub(Average("xy")), "weight"),
 }
 
 
@@ -266,10 +277,17 @@ def test_torchtune_disabled_and_adapterhub_inactive() -> None:
 
 
 def test_adapters_of_adapterhub_that_have_no_merged_weight_are_refused() -> None:
-    gated, scaling = AdapterHub(), AdapterHub()
+    gated, scaling, several, stacked = (AdapterHub() for _ in range(4))
     gated.loras["x"].use_gating = True
     scaling.loras["x"].composition_mode = "scale"
-    for layer, reason in ((gated, "gated"), (scaling, "adds no product")):
+    several.loras["x"].lora_B = nn.Parameter(torch.randn(3, 5, 2))  # one for each task
+    stacked.setup = Setup("xy")
+    for layer, reason in (
+        (gated, "gated, .* build it without `use_gating`"),
+        (scaling, "Module of AdapterHub adds no product B @ A; its LoRA does"),
+        (several, "Module of AdapterHub adds no product B @ A; its LoRA does"),
+        (stacked, r"\['x', 'y'\] of AdapterHub composes adapters .* activate one adapter, or an Average"),
+    ):
         with pytest.raises(ValueError, match=reason):
             optimizer_for(trainable(layer), layer)
 
@@ -324,26 +342,104 @@ def test_a_network_of_an_unknown_kind_is_named() -> None:
 
     unet = nn.Sequential(nn.Linear(6, 5)).requires_grad_(False)
     network = Other(unet[0])
-    with pytest.raises(ValueError, match="0: Other adds no product that is known here"):
+    with pytest.raises(ValueError, match="0: Other adds no product that is known here; LoRA, LoCon"):
         optimizer_for(network.parameters(), unet)
+
+
+def test_a_network_without_its_model_is_refused_unless_its_modules_are_described() -> None:
+    unet = nn.Sequential(nn.Linear(6, 5)).requires_grad_(False)
+    network = nn.ModuleList([Kohya(unet[0])])
+    with pytest.raises(ValueError, match=r"ModuleList adapts the layers of another model\. Give"):
+        optimizer_for(network.parameters(), network)
+    parts = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "scaling": 2.0 * 0.7}
+    register(network[0], weight="org_forward.__self__.weight", **parts)
+    weight = unet[0].weight
+    clean = weight.detach().clone()
+    optimizer = optimizer_for(network.parameters(), network)
+    with optimizer.perturbed():
+        assert not torch.equal(weight, clean)
+        for state in (unet.state_dict(), unet[0].state_dict(prefix="0.")):  # of a model that was not given
+            assert torch.equal(state["0.weight"], clean)
+    assert torch.equal(weight, clean)
 
 
 def test_a_fused_kernel_that_would_pass_the_noise_is_refused() -> None:
     """As unsloth and Axolotl put them into attention and MLP modules."""
     from helpers import with_lora
 
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q_proj, self.o_proj = quantized(), quantized()
-
-    def apply_lora_qkv(self: Any, x: Tensor) -> Tensor:
+    def apply_lora(self: Any, x: Tensor, inplace: bool = True) -> Tensor:
         return x
 
-    net = nn.Module()
-    net.attention = Attention()
-    model = with_lora(net, ["q_proj", "o_proj"])
-    model.base_model.model.attention.apply_qkv = apply_lora_qkv
-    with pytest.warns(UserWarning, match=r"q_proj: a fused kernel \(apply_lora_qkv\) of .*attention reads"):
-        optimizer = optimizer_for(trainable(model), model)
-    assert len(optimizer.skipped) == 1
+    # (where the kernel is, as what, and which of the projections it reads)
+    own = partial(apply_lora, inplace=False)
+    cases: list[tuple[str, Callable[[nn.Module], Any], set[str]]] = [
+        ("", lambda module: {"apply_qkv": apply_lora}, {"q_proj"}),
+        ("", lambda module: {"apply_o": MethodType(apply_lora, module)}, {"o_proj"}),
+        ("", lambda module: {"forward": MethodType(own, module)}, {"q_proj", "o_proj"}),
+        ("", lambda module: {"_unsloth_forward": MethodType(apply_lora, module)}, {"q_proj", "o_proj"}),
+        ("", lambda module: {"_old_forward": MethodType(apply_lora, module)}, {"q_proj", "o_proj"}),
+        ("q_proj", lambda module: {"forward": MethodType(apply_lora, module)}, {"q_proj"}),
+    ]
+    for place, kernel, read in cases:
+        net = nn.Module()
+        net.attention = nn.ModuleDict({"q_proj": quantized(), "o_proj": quantized(), "k_proj": nn.Identity()})
+        model = with_lora(net, ["q_proj", "o_proj"])
+        attention = model.base_model.model.attention
+        module = attention[place] if place else attention
+        module.__dict__.update(kernel(module))
+        message = r"_proj: a fused kernel \(apply_lora\) of .*attention.* reads its weight past its forward"
+        if read == {"q_proj", "o_proj"}:
+            with pytest.raises(ValueError, match=message):
+                optimizer_for(trainable(model), model)
+            continue
+        with pytest.warns(UserWarning, match=message):
+            optimizer = optimizer_for(trainable(model), model)
+        assert {name.rpartition(".")[2] for name in optimizer.skipped} == read
+
+
+def test_a_fused_kernel_that_reads_a_dense_weight_sees_the_noise() -> None:
+    """In its forward and in its backward, which reads the weight once more."""
+    from helpers import lora_mlp
+
+    class Fused(torch.autograd.Function):
+        """W past the forward of its layer, and not saved by autograd, as unsloth's LoRA_W has it."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            ctx.weight = weight
+            ctx.save_for_backward(x, a, b)
+            return x @ (weight + 1.5 * b @ a).T
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            x, a, b = ctx.saved_tensors
+            product = grad.T @ x
+            whole = ctx.weight + 1.5 * b @ a
+            return grad @ whole, None, 1.5 * b.T @ product, 1.5 * product @ a.T
+
+    def apply_lora_mlp(self: Any, x: Tensor) -> Tensor:
+        for layer in (self.fc1, self.fc2):
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            x = Fused.apply(x, layer.base_layer.weight, a, b)
+        return x
+
+    model = lora_mlp()
+    mlp = model.base_model.model
+    mlp.forward = MethodType(apply_lora_mlp, mlp)
+    x = torch.randn(4, 6, requires_grad=True)
+    clean = model(x).detach()
+    before = fingerprint(model)
+    optimizer = optimizer_for(trainable(model), model)
+    output = model(x)
+    noisy = [layer.base_layer.weight.detach().clone() for layer in (mlp.fc1, mlp.fc2)]
+    assert 0.05 < float((output - clean).norm() / clean.norm()) < 0.5
+    with torch.no_grad():
+        assert torch.equal(model(x), clean)
+    output.square().sum().backward()
+    whole = [
+        weight + 1.5 * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
+        for weight, layer in zip(noisy, (mlp.fc1, mlp.fc2), strict=True)
+    ]
+    torch.testing.assert_close(x.grad, 2 * output.detach() @ whole[1] @ whole[0])
+    optimizer.step()
+    assert all(torch.equal(int_view(p), before[n]) for n, p in model.named_parameters() if n in before)

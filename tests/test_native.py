@@ -211,16 +211,16 @@ def test_a_weight_may_begin_anywhere(keep: Keep, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", [5, 64, 1000])
 @pytest.mark.parametrize("kernels", [native, plain], ids=["native", "plain"])
-def test_each_probed_element_counts(kernels: Any, dtype: torch.dtype, numel: int) -> None:
+def test_each_sampled_element_counts(kernels: Any, dtype: torch.dtype, numel: int) -> None:
     weight = torch.randn(numel).to(dtype)
-    bits, before = int_view(weight), kernels.probes([weight])
-    stride = max(1, numel // plain.PROBES)
-    for i in range(0, min(plain.PROBES, numel) * stride, stride):
+    bits, before = int_view(weight), kernels.checksums([weight])
+    stride = max(1, numel // plain.SAMPLES)
+    for i in range(0, min(plain.SAMPLES, numel) * stride, stride):
         for bit in (1, torch.iinfo(bits.dtype).min):
             bits[i] ^= bit
-            assert list(kernels.probes([weight])) != list(before)
+            assert list(kernels.checksums([weight])) != list(before)
             bits[i] ^= bit
-    assert list(kernels.probes([weight])) == list(before)
+    assert list(kernels.checksums([weight])) == list(before)
 
 
 @needs_compiler
@@ -616,7 +616,7 @@ def test_the_compiler_may_be_a_command_with_options(
     assert native.is_available()
 
 
-def test_a_compiler_that_is_not_there_is_told(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_is_not_there_is_reported(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "/nowhere/cc -m64")
     with pytest.warns(UserWarning, match="there is no compiler CC='/nowhere/cc -m64'"):
         assert not native.is_available()

@@ -1,4 +1,4 @@
-"""Ways to train without noise, or to keep it, that were found in the field: each is an error, or told."""
+"""Ways to train without noise, or to keep it, that were found in the field: each is an error or a warning."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_several_models_have_noise(together: Any) -> None:
     assert not changed_weights(second, before[1])
 
 
-def test_adapters_of_a_model_that_was_not_given_are_told() -> None:
+def test_adapters_of_a_model_that_was_not_given_are_reported() -> None:
     unet, encoder = lora_mlp(), lora_mlp(seed=1)
     base = torch.optim.SGD([*trainable(unet), *trainable(encoder)], lr=0.1)
     with pytest.warns(UserWarning, match=r"2 pairs of matrices.*noise for 4 of 8 trained matrices \(50%\)"):
@@ -243,7 +243,7 @@ def test_adapters_of_a_model_that_was_not_given_are_told() -> None:
     assert "noise for 4 of 8 trained matrices (50%)" in repr(optimizer)
 
 
-def test_a_head_that_is_trained_beside_the_model_is_not_told(model: nn.Module) -> None:
+def test_a_head_that_is_trained_beside_the_model_is_not_reported(model: nn.Module) -> None:
     head = nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 64), nn.Linear(64, 8), nn.Linear(8, 64))
     base = torch.optim.SGD([*trainable(model), *head.parameters()], lr=0.1)
     with warnings.catch_warnings():
@@ -252,14 +252,14 @@ def test_a_head_that_is_trained_beside_the_model_is_not_told(model: nn.Module) -
     assert "noise for 4 of 8 trained matrices (50%)" in repr(optimizer)
 
 
-def test_a_sigma_that_no_weight_uses_is_told(model: nn.Module) -> None:
+def test_a_sigma_that_no_weight_uses_is_reported(model: nn.Module) -> None:
     groups = [{"params": [], "sigma": 0.3}, {"params": trainable(model)}]
     with pytest.warns(UserWarning, match=r"group 0 has sigma=0.3, but no parameter.*it has 0 parameters"):
         FlatLoRAOptimizer(torch.optim.SGD(groups, lr=0.1), model, sigma=0.1, schedule="constant")
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.1])
-def test_a_sigma_of_a_head_that_changes_nothing_is_not_told(sigma: float, model: nn.Module) -> None:
+def test_a_sigma_of_a_head_that_changes_nothing_is_not_reported(sigma: float, model: nn.Module) -> None:
     groups = [{"params": [nn.Parameter(torch.zeros(3))], "sigma": sigma}, {"params": trainable(model)}]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -282,7 +282,7 @@ def test_with_auto_grad_models_in_eval_mode_train_with_noise(
     assert not changed_weights(model, before)
 
 
-def test_a_part_in_eval_mode_is_told_before_autograd_fails() -> None:
+def test_a_part_in_eval_mode_is_reported_before_autograd_fails() -> None:
     encoder, unet = lora_mlp().eval(), lora_mlp(seed=1)
     base = torch.optim.SGD([*trainable(encoder), *trainable(unet)], lr=0.1)
     optimizer = FlatLoRAOptimizer(base, [encoder, unet], sigma=0.1, schedule="constant")
@@ -301,7 +301,7 @@ def test_a_part_in_eval_mode_is_told_before_autograd_fails() -> None:
     optimizer.close()
 
 
-def test_a_forward_inside_of_a_transform_is_told(model: nn.Module, optimizer: FlatLoRAOptimizer) -> None:
+def test_a_forward_inside_of_a_transform_is_reported(model: nn.Module, optimizer: FlatLoRAOptimizer) -> None:
     adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:

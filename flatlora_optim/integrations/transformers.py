@@ -170,7 +170,7 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is not None and "loss" in logs:
+        if logs is not None and "learning_rate" in logs:  # SetFit has another name for the loss
             logs.update(self._metrics)
             state.log_history[-1].update(self._metrics)
             self._metrics = {}

@@ -1,14 +1,14 @@
-"""Making, adding and taking away noise, and the norms that it needs, in three ways that do the same.
+"""Making, adding and taking away noise, and the norms that it needs, in three implementations.
 
-===========  ========================================================================
-``triton``   for CUDA; ``jit`` is the code that is compiled for it
-``native``   for CPUs with a C compiler; ``build`` compiles and loads its C sources
-``plain``    torch operations, for everything else; ``journal`` is what they write down
-``part``     some rows of a weight while noise comes and goes: what each of them offers
-``seal``     whether somebody else writes to weights
-``grid``     how a weight is cut into blocks
-``threads``  work on several threads
-===========  ========================================================================
+=============  ======================================================================
+``triton``     for CUDA; ``jit`` is the code that is compiled for it
+``native``     for CPUs with a C compiler; ``build`` compiles and loads its C sources
+``plain``      torch operations, for everything else; ``journal``: which elements a subtraction misses
+``part``       some rows of a weight while noise comes and goes: what each of them offers
+``checksums``  whether somebody else writes to weights
+``grid``       how a weight is cut into blocks
+``threads``    work on several threads
+=============  ======================================================================
 
 ``uncompiled`` keeps functions from being compiled, here and above.
 
@@ -52,7 +52,7 @@ class Kernels(Protocol):
         """Overwrites contiguous float32 memory with the standard-normal numbers of a block."""
         ...
 
-    def probes(self, weights: Sequence[Tensor]) -> Tensor | list[int]:
+    def checksums(self, weights: Sequence[Tensor]) -> Tensor | list[int]:
         """A number for each weight on one device, which changes with any of a few elements."""
         ...
 

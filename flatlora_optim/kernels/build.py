@@ -159,14 +159,14 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "restore": (pointer,),
         "clean": (pointer, pointer),
         "forget": (pointer,),
-        "digest": (pointer, size, size, size),
+        "checksum": (pointer, size, size, size),
         "norm_increases": (pointer,),
         "norm_room": (size,),
     }
     for name, argtypes in signatures.items():
         function = getattr(library, f"flatlora_{name}")
         function.argtypes, function.restype = argtypes, None
-    library.flatlora_digest.restype = ctypes.c_uint64
+    library.flatlora_checksum.restype = ctypes.c_uint64
     library.flatlora_norm_room.restype = size
     return library
 

@@ -497,11 +497,11 @@ def _mixed(x):
 
 
 @triton.jit
-def probe_kernel(table, out):
+def checksum_kernel(table, out):
     """A number for each weight that changes with any of a few elements.
 
     Args:
-        table: Of each weight the address, the distance between probed elements, their number, and the
+        table: Of each weight the address, the distance between sampled elements, their number, and the
             size of an element.
     """
     weight = tl.program_id(0)

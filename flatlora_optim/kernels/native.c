@@ -387,10 +387,10 @@ void flatlora_clean(const Part *part, void *copy) {
 }
 
 /* A number that changes, but for a chance of 2^-64, with any of `count` elements (FNV-1a). */
-uint64_t flatlora_digest(const void *weight, int64_t count, int64_t stride, int64_t width) {
-    uint64_t digest = 0xCBF29CE484222325u;
+uint64_t flatlora_checksum(const void *weight, int64_t count, int64_t stride, int64_t width) {
+    uint64_t checksum = 0xCBF29CE484222325u;
     for (int64_t i = 0; i < count; i++)
         for (int64_t byte = 0; byte < width; byte++)
-            digest = (digest ^ ((const uint8_t *)weight)[i * stride * width + byte]) * 0x100000001B3u;
-    return digest;
+            checksum = (checksum ^ ((const uint8_t *)weight)[i * stride * width + byte]) * 0x100000001B3u;
+    return checksum;
 }

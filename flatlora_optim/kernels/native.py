@@ -112,18 +112,18 @@ def fill(out: Tensor, key: Key, block: int) -> Tensor:
     return out
 
 
-def probes(weights: Sequence[Tensor]) -> list[int]:
-    return [_probe(weight) for weight in weights]
+def checksums(weights: Sequence[Tensor]) -> list[int]:
+    return [_checksum(weight) for weight in weights]
 
 
-def _probe(weight: Tensor) -> int:
+def _checksum(weight: Tensor) -> int:
     if not weight.is_contiguous():
-        return int(plain.probe(weight))
+        return int(plain.checksum(weight))
     numel = weight.numel()
-    stride = max(1, numel // plain.PROBES)
-    count, width = min(plain.PROBES, numel), weight.element_size()
-    digest: int = library().flatlora_digest(weight.data_ptr(), count, stride, width)
-    return digest
+    stride = max(1, numel // plain.SAMPLES)
+    count, width = min(plain.SAMPLES, numel), weight.element_size()
+    checksum: int = library().flatlora_checksum(weight.data_ptr(), count, stride, width)
+    return checksum
 
 
 class Part(part.Part):

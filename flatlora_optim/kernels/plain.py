@@ -49,7 +49,7 @@ class Product(NamedTuple):
         return left if self.scaling == 1.0 else left * self.scaling, self.right.float()
 
 
-PROBES = 64
+SAMPLES = 64
 
 _NAN = {
     torch.float16: 0x7E00,
@@ -94,15 +94,15 @@ def fill(out: Tensor, key: Key, block: int) -> Tensor:
     return out.normal_(generator=generator)
 
 
-def probes(weights: Sequence[Tensor]) -> Tensor | list[int]:
-    return torch.stack([probe(weight) for weight in weights])
+def checksums(weights: Sequence[Tensor]) -> Tensor | list[int]:
+    return torch.stack([checksum(weight) for weight in weights])
 
 
-def probe(weight: Tensor) -> Tensor:
+def checksum(weight: Tensor) -> Tensor:
     """Changes with any of a few elements."""
-    stride = max(1, weight.numel() // PROBES)
+    stride = max(1, weight.numel() // SAMPLES)
     some = weight.reshape(-1)[::stride] if weight.is_contiguous() else weight.flatten(1)[:, 0]
-    values = bits(some[:PROBES].clone()).to(torch.int64)
+    values = bits(some[:SAMPLES].clone()).to(torch.int64)
     mixed = values * 0x1E3779B97F4A7C15  # odd, and so a bijection of 64 bits
     mixed = (mixed ^ (mixed >> 32)) + torch.arange(len(values), device=weight.device)
     mixed = mixed * 0x3F58476D1CE4E5B9

@@ -197,7 +197,7 @@ class _Batch:
             self._counters = self._control[:2]
             self._answer = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
         self._asked: Any = None  # what tells whether the answer has come
-        self._is_measured = self._told = False
+        self._is_measured = self._warned = False
         self._wanted = 0  # entries of the last step
         self._positions = self._originals = torch.empty(0, dtype=torch.int16, device=device)
         self._scales: Tensor = self._control
@@ -315,8 +315,8 @@ class _Batch:
             return
         self._asked = None
         self._wanted, lost, room = self._answer.tolist()
-        if lost and not self._told:
-            self._told = True
+        if lost and not self._warned:
+            self._warned = True
             warnings.warn(
                 f"the journal had room for {room} of {self._wanted} entries, so that a share of "
                 f"{lost / self._tiles:.2%} of the weights went without noise in this step: sigma or the "
@@ -427,29 +427,29 @@ def _factors(device: torch.device) -> Any:
     return tl.float32 if is_old or interprets_triton() else tl.bfloat16
 
 
-# ------------------------------------------------------------------------ probes
+# ------------------------------------------------------------------------ checksums
 
 
-def probes(weights: Sequence[Tensor]) -> Tensor:
+def checksums(weights: Sequence[Tensor]) -> Tensor:
     device = weights[0].device
     out = torch.empty(len(weights), dtype=torch.int64, device=device)
     with _on(device):
-        jit.probe_kernel[(len(weights),)](
-            _probed(device, tuple(map(_describe_probes, weights))), out, num_warps=1
+        jit.checksum_kernel[(len(weights),)](
+            _sample_table(device, tuple(map(_describe_samples, weights))), out, num_warps=1
         )
     return out
 
 
-def _describe_probes(weight: Tensor) -> tuple[int, int, int, int]:
+def _describe_samples(weight: Tensor) -> tuple[int, int, int, int]:
     numel, width = weight.numel(), weight.element_size()
-    stride = max(1, numel // plain.PROBES)
+    stride = max(1, numel // plain.SAMPLES)
     if not weight.is_contiguous():
         numel, stride = weight.shape[0], weight.stride(0)
-    return weight.data_ptr(), stride, min(plain.PROBES, numel), width
+    return weight.data_ptr(), stride, min(plain.SAMPLES, numel), width
 
 
 @functools.lru_cache(maxsize=64)
-def _probed(device: torch.device, weights: tuple[tuple[int, ...], ...]) -> Tensor:
+def _sample_table(device: torch.device, weights: tuple[tuple[int, ...], ...]) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(weights, dtype=torch.int64, device=device)
 

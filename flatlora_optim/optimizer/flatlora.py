@@ -440,7 +440,7 @@ class FlatLoRAOptimizer(Adoption):
 
     def _noise_description(self) -> str:
         name = " and ".join(sorted({_named(each.source) for each in self._weights.perturbations}))
-        return f"{name}, made by {self._weights.makers()}"
+        return f"{name}, made by {self._weights.kernel_names()}"
 
     def _check_open(self) -> None:
         if not self._finalizer.alive:

@@ -460,9 +460,11 @@ def hook_state_dicts(optimizer: Owner, model: nn.Module) -> list[Handle]:
     """Watches the model and each module that owns a perturbed tensor, under whatever name."""
     hook = _CleanStateDict(optimizer)
     places = {sharding.place_of(tensor) for tensor in optimizer._weights.tensors()} - {None}
+    # What an adapter holds as no submodule, as kohya's do, is none of the model's modules.
+    owners = (sharing.owner for target in optimizer.targets for sharing in target.sharing)
     return [
         module._register_state_dict_hook(hook)
-        for module in model.modules()
+        for module in dict.fromkeys((*model.modules(), *owners))
         if module is model
         or any(
             sharding.place_of(tensor) in places

@@ -45,8 +45,8 @@ class NoiseState(OptimizerWrapper):
         self._defaults_for_groups = initial
         self._schedule = schedule
         self._is_detached = False
-        self._homes = WeakTensorKeyDictionary()
-        self._remember_homes()
+        self._group_of = WeakTensorKeyDictionary()
+        self._remember_groups()
 
     def _filled_groups(self) -> list[dict[str, Any]]:
         """The param groups; those that came from elsewhere are given what they lack."""
@@ -105,10 +105,10 @@ class NoiseState(OptimizerWrapper):
         held = {current.get(id(p)) for adapters in parameters for p in adapters}
         sigmas = []
         for target, adapters in zip(targets, parameters, strict=True):
-            homes = {current.get(id(p)) for p in adapters}
+            indices = {current.get(id(p)) for p in adapters}
             # A group without any of the model's parameters has others in their place.
-            homes |= {self._homes.get(p) for p in adapters} - held
-            values = {groups[home][SIGMA] for home in homes if home is not None}
+            indices |= {self._group_of.get(p) for p in adapters} - held
+            values = {groups[i][SIGMA] for i in indices if i is not None}
             if len(values) > 1:
                 raise ValueError(
                     f"{target.name}: the parameters of its adapters are in groups of different sigma "
@@ -121,11 +121,11 @@ class NoiseState(OptimizerWrapper):
         """The groups that have parameters. DeepSpeed drops the others."""
         return [group for group in self._filled_groups() if group["params"]]
 
-    def _remember_homes(self) -> None:
+    def _remember_groups(self) -> None:
         """Notes which group each parameter is in: DeepSpeed puts flat partitions in their place."""
         for i, group in enumerate(self._groups_in_use()):
             for parameter in group["params"]:
-                self._homes[parameter] = i
+                self._group_of[parameter] = i
 
     def _count_step(self) -> None:
         step = self.step_count + 1
@@ -141,7 +141,7 @@ class NoiseState(OptimizerWrapper):
         if SIGMA in param_group:
             check_sigma(param_group[SIGMA])
         self.base.add_param_group(param_group)
-        self._remember_homes()
+        self._remember_groups()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state; step, seed, sigma and schedule travel in ``param_groups``."""

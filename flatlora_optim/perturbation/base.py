@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..kernels.checksums import Checksums
 from ..kernels.part import Part
-from ..kernels.seal import Seal
 from ..noise import Noise, NoiseSource
 from ..targets import Target
 from ..targets.sharding import local_part
@@ -63,21 +63,20 @@ class Perturbation:
         """A copy of ``W`` as it was before ``apply``, if ``written`` holds something else."""
         return None
 
-    def seal(self, seal: Seal, number: int) -> None:
-        """Takes note of the perturbed weight, for ``changed`` to compare with: it is the one of this number
-        in the seal."""
+    def keep_checksum(self, checksums: Checksums, number: int) -> None:
+        """Notes that the perturbed weight's checksum is the one of this number, for ``changed``."""
 
-    def sealed(self) -> tuple[Seal, int] | None:
-        """What ``seal`` was told, if there is anything that it can tell."""
+    def kept_checksum(self) -> tuple[Checksums, int] | None:
+        """What ``keep_checksum`` was given, if the weight was written."""
         return None
 
     def changed(self) -> bool:
-        """Whether somebody else replaced or wrote the weight since ``seal``, as far as that can be told
-        without looking at its elements."""
+        """Whether somebody else replaced or wrote the weight since ``keep_checksum``, as far as one sees
+        without its elements."""
         return False
 
     def leave_merged(self) -> bool:
-        """Subtracts the noise from a weight that meanwhile has an adapter merged into it, and tells so.
+        """Subtracts the noise from a weight that meanwhile has an adapter merged into it, and warns.
 
         Returns:
             Whether that is what happened to it.
@@ -104,24 +103,24 @@ def apply_all(perturbations: Sequence[Perturbation], noises: Sequence[Noise | No
 
 
 @torch.no_grad()
-def seal_all(perturbations: Sequence[Perturbation]) -> None:
-    """Takes note of the perturbed weights: from here on, a write by anybody else is noticed."""
+def take_checksums(perturbations: Sequence[Perturbation]) -> None:
+    """From here on, a write to the perturbed weights by anybody else is noticed."""
     tensors = [(p, tensor) for p in perturbations if (tensor := p.written()) is not None]
-    seal = Seal([local_part(tensor) for _, tensor in tensors])
+    checksums = Checksums([local_part(tensor) for _, tensor in tensors])
     for number, (perturbation, _) in enumerate(tensors):
-        perturbation.seal(seal, number)
+        perturbation.keep_checksum(checksums, number)
 
 
 @torch.no_grad()
 def changed_among(perturbations: Sequence[Perturbation]) -> list[Perturbation]:
     """Those whose weights somebody else has written. The device is asked once for all of them."""
     changed = {i for i, perturbation in enumerate(perturbations) if perturbation.changed()}
-    by_seal: dict[Seal, dict[int, int]] = {}
+    kept: dict[Checksums, dict[int, int]] = {}
     for i, perturbation in enumerate(perturbations):
-        if i not in changed and (sealed := perturbation.sealed()) is not None:
-            by_seal.setdefault(sealed[0], {})[sealed[1]] = i
-    for seal, numbers in by_seal.items():
-        changed.update(numbers[number] for number in seal.broken(numbers))
+        if i not in changed and (checksum := perturbation.kept_checksum()) is not None:
+            kept.setdefault(checksum[0], {})[checksum[1]] = i
+    for checksums, numbers in kept.items():
+        changed.update(numbers[number] for number in checksums.changed(numbers))
     return [perturbations[i] for i in sorted(changed)]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import FunctionType, MethodType
+
 from torch import nn
 
 from ..noise import GaussianNoise, LowRankNoise, NoiseSource
@@ -69,18 +72,23 @@ def _is_called_by_users(model: nn.Module, target: Target) -> bool:
 def _check_fused(model: nn.Module, target: Target) -> None:
     """Raises UnsupportedAdapterError if the layer's forward is passed over by a fused kernel.
 
-    unsloth and Axolotl put such kernels into attention and MLP modules: they read the packed weights.
+    unsloth and Axolotl put such kernels into attention and MLP modules, and into single layers: as their
+    forwards, or as functions that the forward calls (``apply_qkv``, ``apply_o``).
     """
     parent, _, own = target.name.rpartition(".")
-    module = model.get_submodule(parent)
-    place = "apply_o" if own.startswith("o") else "apply_qkv"
-    for kernel in (module.__dict__.get("forward"), module.__dict__.get(place)):
-        name = getattr(kernel, "__name__", "")
-        if name.startswith("apply_lora"):
-            raise UnsupportedAdapterError(
-                f"a fused kernel ({name}) of {parent} reads its weight past its forward, where the noise is; "
-                "switch that kernel off"
-            )
+    layers = {target.name: target.layer, parent: model.get_submodule(parent)}
+    for owner, module in layers.items():
+        for place, function in module.__dict__.items():
+            while isinstance(function, (MethodType, partial)):
+                function = function.__func__ if isinstance(function, MethodType) else function.func
+            if not (isinstance(function, FunctionType) and "apply_lora" in function.__qualname__):
+                continue
+            reads_output = place.startswith("apply_o")  # the projection after attention, and not those before
+            if not place.startswith("apply_") or reads_output == own.startswith("o"):
+                raise UnsupportedAdapterError(
+                    f"a fused kernel ({function.__name__}) of {owner} reads its weight past its forward, "
+                    "where the noise is; switch that kernel off"
+                )
 
 
 def _why_not_optimized(target: Target, optimized: set[int]) -> str | None:

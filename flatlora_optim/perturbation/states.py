@@ -27,7 +27,7 @@ from ..noise import Noise, NoiseKey, let_go
 from ..targets import DenseWeight, Target, sharding
 from ..targets.scales import RowNorms, merged_norms, row_scales
 from ..targets.sharding import local_part
-from .base import Perturbation, apply_all, forget_changed, remove_all, seal_all
+from .base import Perturbation, apply_all, forget_changed, remove_all, take_checksums
 from .in_place import change_noticed
 from .low_rank import LowRankPerturbation
 from .virtual import VirtualPerturbation
@@ -77,8 +77,8 @@ class NoisyWeights:
             if any(sharing.layer in modules for sharing in target.sharing)
         ]
 
-    def makers(self) -> str:
-        """The names of the kernels that make the numbers, each its own for the same seed."""
+    def kernel_names(self) -> str:
+        """The names of the kernels that make the numbers. Each makes others of the same seed."""
         return ", ".join(sorted({kernels_of(target.weight.device).name for target in self.targets}))
 
     def kept_norms(self) -> Tensor | None:
@@ -156,7 +156,7 @@ class NoisyWeights:
         """To clean weights that stay clean until ``resume``, which brings the same noise back.
 
         Returns:
-            What tells this suspension from others.
+            A token for ``resume``.
         """
         guard = ExitStack()
         was_perturbed = self.is_perturbed
@@ -243,7 +243,7 @@ class NoisyWeights:
                 low_rank = (p for p in self.perturbations if isinstance(p, LowRankPerturbation))
                 let_go([noise for p in low_rank if (noise := p.held()) is not None])
             versions.close()
-            seal_all(self.perturbations)
+            take_checksums(self.perturbations)
         except BaseException:
             self.restore()
             raise

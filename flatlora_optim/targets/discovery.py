@@ -11,7 +11,7 @@ from torch import nn
 from .attributes import innermost_base_layer
 from .hand_written import HandWrittenLoRA
 from .libraries import LIBRARIES, check_keras
-from .networks import Network
+from .networks import Network, check_network
 from .peft import PeftAdditive, PeftLoRA, PeftParameter, unknown_method
 from .sharding import check_engine
 from .target import Target
@@ -86,6 +86,8 @@ def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lamb
             found.skipped[name] = (
                 f"it shares its weight with {first.name}, which is stored the other way round"
             )
+    if not found.targets and not found.skipped:
+        check_network(model)
     _check_overlap(found.targets)
     block = 0
     for target in found.targets:

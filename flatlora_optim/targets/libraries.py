@@ -142,35 +142,48 @@ class AdapterHubLinear(LibraryLayer):
         if not len(module.loras):
             return None
         for lora in module.loras.values():
-            if getattr(lora, "composition_mode", "add") != "add" or not has(lora, "lora_A", "lora_B"):
-                raise UnsupportedAdapterError(f"{type(lora).__name__} of AdapterHub adds no product B @ A")
+            adds = getattr(lora, "composition_mode", "add") == "add" and has(lora, "lora_A", "lora_B")
+            if not adds or lora.lora_B.ndim != 2:
+                raise UnsupportedAdapterError(
+                    f"{type(lora).__name__} of AdapterHub adds no product B @ A; its LoRA does"
+                )
             if is_set(lora, "use_gating"):
-                raise UnsupportedAdapterError("its LoRA is gated, so that there is no merged weight")
+                raise UnsupportedAdapterError(
+                    "its LoRA is gated, so that there is no merged weight; build it without `use_gating`"
+                )
         transposed = is_set(module, "fan_in_fan_out")
         return Registration("weight", delta=lambda module: None, transposed=transposed)
 
-    def _active(self) -> Any:
+    def _active(self) -> list[tuple[Any, float]]:
+        """The active adapters, and the weight of each in their sum."""
         setup = self.layer.get_active_setup()
-        names = {setup} if isinstance(setup, str) else set() if setup is None else setup.flatten()
+        names = [setup] if isinstance(setup, str) else [] if setup is None else list(setup.flatten())
         active = [self.layer.loras[name] for name in names if name in self.layer.loras]
-        if len(active) > 1:
+        if len(active) < 2:
+            return [(lora, 1.0) for lora in active]
+        if type(setup).__name__ != "Average" or set(setup) != set(names) or len(active) < len(names):
             raise UnsupportedAdapterError(
-                f"{setup} of AdapterHub composes adapters to no single merged weight"
+                f"{setup} of AdapterHub composes adapters to no single merged weight; activate one adapter, "
+                "or an Average of some"
             )
-        return active[0] if active else None
+        # AdapterHub takes the mean of what it has weighted.
+        shares = zip(setup, setup.weights, strict=True)
+        return [(self.layer.loras[name], share / len(active)) for name, share in shares]
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
-        active = self._active()
-        return iter(()) if active is None else active.parameters()
+        for lora, _ in self._active():
+            yield from lora.parameters()
 
     def delta(self) -> LowRank | Tensor | None:
-        if (lora := self._active()) is None:
-            return None
+        return self.summed([self._product(*each) for each in self._active()])
+
+    def _product(self, lora: Any, share: float) -> LowRank | Tensor:
         left, right = (factor_of(factor, self.weight.device) for factor in (lora.lora_B, lora.lora_A))
+        scaling = float(lora.scaling) * share
         if not hasattr(lora, "lora_ind"):
-            return self.low_rank(left, right, float(lora.scaling))
+            return self.low_rank(left, right, scaling)
         slices = sum(lora.enable_lora)
-        rows = F.conv1d(right[None], left[..., None], groups=slices)[0] * float(lora.scaling)
+        rows = F.conv1d(right[None], left[..., None], groups=slices)[0] * scaling
         product = left.new_zeros(self.weight.rows, self.weight.columns)
         product[lora.lora_ind.to(left.device)] = rows
         return (product.T if self.weight.row_dim else product).reshape(self.weight.shape)

@@ -23,7 +23,10 @@ class Network(Target):
             return None
         for adapter in _adapters_on(module):
             if not _is_known(adapter):
-                raise UnsupportedAdapterError(f"{type(adapter).__name__} adds no product that is known here")
+                raise UnsupportedAdapterError(
+                    f"{type(adapter).__name__} adds no product that is known here; "
+                    "LoRA, LoCon, LoHa and LoKr do"
+                )
         target = cls(name, module, module, read_weight(module, module, 0))
         target.delta()
         return target
@@ -59,6 +62,15 @@ class Network(Target):
         finally:
             adapter.training = training
         return (values_of(product, device) * multiplier).reshape(self.weight.shape)
+
+
+def check_network(model: nn.Module) -> None:
+    """Raises ValueError for such adapters without the model whose layers they adapt."""
+    if any(has(module, "org_forward", "multiplier") for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} adapts the layers of another model. Give FlatLoRAOptimizer that model, "
+            "once the network is attached to it (`network.apply_to(...)`)"
+        )
 
 
 def _is_known(adapter: Any) -> bool:

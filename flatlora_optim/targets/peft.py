@@ -26,6 +26,12 @@ class PeftLoRA(Target):
             return None
         if hasattr(module, "lora_E"):
             return None
+        computes = getattr(module.__dict__.get("forward"), "__self__", module)
+        if computes is not module:  # X-LoRA weighs the adapters anew for each token
+            raise UnsupportedAdapterError(
+                f"{type(computes).__name__} computes in place of PEFT's own forward, so that there may be no "
+                "single merged weight"
+            )
         owner = innermost_base_layer(module)
         if not hasattr(owner, "weight") and hasattr(owner, "in_proj_weight"):
             raise UnsupportedAdapterError("PEFT merges the adapter into `in_proj_weight` in each forward")
@@ -87,7 +93,11 @@ class PeftParameter(PeftLoRA):
         owner, parameter_name = innermost_base_layer(module), str(module.parameter_name)
         parameter = owner._parameters.get(parameter_name)
         if parameter is None or not is_plain(parameter) or not parameter.is_contiguous():
-            raise UnsupportedAdapterError("the parameter is packed, sharded or not contiguous")
+            raise UnsupportedAdapterError(
+                f"{parameter_name} of {type(owner).__name__} is packed, sharded or not contiguous, and PEFT "
+                "makes it anew in each forward: load it in 16 or 32 bits, one whole copy on each process, or "
+                "adapt other layers"
+            )
         if type(owner).__name__ == "Conv1D":
             raise UnsupportedAdapterError("its axes are swapped; adapt the layer by `target_modules` instead")
         # Where PEFT has not swapped them, experts are stored (inputs, outputs).
@@ -128,6 +138,10 @@ class PeftAdditive(Target):
         "unilora_theta_d",
         "tinylora_v",
         "supertuning_values",
+        "adamss_A",
+        "osf_svd_params",
+        "psoft_R",
+        "miss_block",
     )
     """What holds something for each adapter, by which the method is known."""
 
@@ -142,6 +156,8 @@ class PeftAdditive(Target):
         weight = read_weight(owner, module, 1 if _is_transposed(module, owner) else 0)
         if weight.kind == "opaque":
             raise UnsupportedAdapterError("this adapter's norms need a base weight that can be read")
+        if getattr(module, "miss_fn", None) == "bat":
+            raise UnsupportedAdapterError("MISS with 'bat' multiplies the weight; without, it adds to it")
         return cls(name, module, owner, weight)
 
     def _active(self) -> list[str]:
@@ -197,7 +213,11 @@ def _sum_of_deltas(target: Target, adapters: Iterable[str]) -> Tensor | None:
         layer.training = False  # earlier releases of PEFT apply their rank dropout here, too
         with gathered(layer, target.adapter_parameters()):
             for adapter in adapters:
-                term: Tensor = layer.get_delta_weight(adapter)
+                if hasattr(layer, "miss_block"):  # makes the merged weight
+                    zero = torch.zeros(target.weight.shape, device=target.weight.device)
+                    term: Tensor = layer.get_delta_weight_miss(adapter, zero)
+                else:
+                    term = layer.get_delta_weight(adapter)
                 term = term.detach().to_dense() if term.is_sparse else term.detach()
                 term = term.to(target.weight.device, torch.float32).reshape(target.weight.shape)
                 total = term if total is None else total + term

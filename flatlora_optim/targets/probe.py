@@ -34,7 +34,7 @@ def complaint_of(target: Target) -> str | None:
         return None
     if target.merged or not all(p.is_floating_point() for p in parameters):
         return None
-    forward, owner = target.layer.forward, target.owner
+    forward, owner, tolerance = target.layer.forward, target.owner, _TOLERANCE
     with _undisturbed(target, parameters):
         _randomize(parameters, 1)
         first = target.delta()
@@ -50,7 +50,8 @@ def complaint_of(target: Target) -> str | None:
             return None
         added = added - target.as_stored(second)
         if isinstance(weight, DenseWeight):
-            merged = (weight.tensor.float() + added).to(weight.tensor.dtype)
+            tolerance += _rounding(added, weight.tensor)
+            merged = added.add_(weight.tensor).to(weight.tensor.dtype)  # in place: it may be large
             with _reparametrize_module(owner, {weight.name: nn.Parameter(merged, requires_grad=False)}):
                 expected = forward(x) - other
             if not expected.any():  # the layer has its weight by another way, as Keras' do
@@ -60,15 +61,12 @@ def complaint_of(target: Target) -> str | None:
             return None  # no linear layer, but one that has it inside
         else:
             expected = _product(owner, x, added, weight.row_dim)
-    tolerance = _TOLERANCE
     if expected.any():
         # Each output is a sum of many rounded products.
         tolerance += (1 + weight.columns**0.5 / 4) * _rounding(expected, other)
-    if isinstance(weight, DenseWeight):
-        tolerance += _rounding(added, weight.tensor)
     if tolerance > 0.5:
         return None  # rounding would hide it
-    actual, expected = (output - other).double().flatten(), expected.double().flatten()
+    actual, expected = (output - other).cpu().double().flatten(), expected.cpu().double().flatten()
     if actual.shape != expected.shape or not (actual.isfinite().all() and expected.isfinite().all()):
         return None
     return _difference(actual, expected, tolerance)
@@ -76,8 +74,11 @@ def complaint_of(target: Target) -> str | None:
 
 def _rounding(change: Tensor, whole: Tensor) -> float:
     """What rounding of the whole may do to a change of it, relative to the change."""
-    size = change.double().norm().clamp(1e-30)
-    return 4 * torch.finfo(whole.dtype).eps * float(whole.double().norm() / size)
+    return 4 * torch.finfo(whole.dtype).eps * _norm(whole) / max(_norm(change), 1e-30)
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)))
 
 
 def _are_close(one: Tensor, other: Tensor, whole: Tensor) -> bool:
@@ -117,8 +118,8 @@ def _inputs(target: Target) -> Iterator[Tensor]:
     elif hasattr(owner, "_conv_forward"):
         yield random(1, owner.in_channels, *(2 * d * (k - 1) + 1 for k, d in _kernel(owner)))
     else:
-        yield random(2, weight.columns)
         yield random(1, 2, weight.columns)
+        yield random(2, weight.columns)
 
 
 def _kernel(convolution: Any) -> Iterator[tuple[int, int]]:

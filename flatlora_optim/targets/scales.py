@@ -165,13 +165,13 @@ def _are_near(rows: Sequence[RowNorms], sketches: Sequence[Tensor]) -> list[bool
 
 
 def _sketch(delta: LowRank) -> Tensor:
-    left = _probes(delta.left.shape[0], delta.left.device).T @ delta.left.float()
-    right = delta.right.float() @ _probes(delta.right.shape[1], delta.right.device)
+    left = _projection(delta.left.shape[0], delta.left.device).T @ delta.left.float()
+    right = delta.right.float() @ _projection(delta.right.shape[1], delta.right.device)
     return (left @ right).mul_(delta.scaling).flatten()
 
 
 @functools.lru_cache(maxsize=64)
-def _probes(size: int, device: torch.device) -> Tensor:
+def _projection(size: int, device: torch.device) -> Tensor:
     """Gaussian numbers, shape ``(size, 8)``, that are the same in each run."""
     generator = torch.Generator().manual_seed(size)
     return torch.randn(size, _SKETCH, generator=generator).to(device)

@@ -1,4 +1,4 @@
-"""Layers that look like LoRA, and that nobody here recognizes: they are named, so that nothing is silent."""
+"""Layers that look like LoRA and that no target type recognizes, to be named in a warning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def unrecognized(
     A and B beside a frozen weight.
 
     Args:
-        skipped: Names of layers that have been told already.
+        skipped: Names of layers that the user has been warned about.
         trained: The ids of the parameters in the optimizer.
 
     Returns:
@@ -29,18 +29,18 @@ def unrecognized(
     layers = [sharing for target in targets for sharing in target.sharing]
     known = {id(p) for layer in layers for p in layer.adapter_parameters()}
     # A layer that is known may train more, as DoRA's magnitudes.
-    told = tuple(f"{name}." if name else "" for name in (*skipped, *(layer.name for layer in layers)))
+    named = tuple(f"{name}." if name else "" for name in (*skipped, *(layer.name for layer in layers)))
     left = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if id(parameter) in trained and id(parameter) not in known and not name.startswith(told)
+        if id(parameter) in trained and id(parameter) not in known and not name.startswith(named)
     }
     found: dict[str, str] = {}
     for name in left:
         path = name.split(".")
         first = next((i for i, part in enumerate(path) if _NAMES.search(part)), None)
         if first is not None:
-            _tell(found, ".".join(path[:first]), f"{'.'.join(path[first:])} is named like an adapter's")
+            _add(found, ".".join(path[:first]), f"{'.'.join(path[first:])} is named like an adapter's")
     # From the inside out: the smallest module that holds all three is the layer.
     modules = sorted(model.named_modules(), key=lambda pair: -pair[0].count("."))
     for name, module in modules:
@@ -50,13 +50,13 @@ def unrecognized(
         factors = [p for p in _near(module) if any(p is q for q in left.values())]
         frozen = [p for p in _near(module) if not p.requires_grad and p.ndim >= 2]
         if (shapes := _product(factors, frozen)) is not None:
-            _tell(
+            _add(
                 found, name, "its trained parameters have the shapes of {} and {}, beside {}".format(*shapes)
             )
     return found
 
 
-def _tell(found: dict[str, str], name: str, what: str) -> None:
+def _add(found: dict[str, str], name: str, what: str) -> None:
     found.setdefault(
         name,
         f"{what}, but it is no layer that is known here; if it is LoRA, describe it by "
