@@ -340,7 +340,7 @@ def test_low_rank_noise_comes_with_the_weight_that_peft_makes(make: Any, adapter
             model.base_model.set_adapter(["default", "second"])
             randomize_adapters(model)
         before, experts = fingerprint(model), experts_of(model)
-        kind, versions = type(experts), [p._version for p in experts._parameters.values()]
+        kind = type(experts)
         optimizer = flatlora(model, noise="low_rank", mode=mode, sigma=0.5, auto=False)
         with optimizer.perturbed(), torch.set_grad_enabled(grad):
             if adapters == "none":  # a pass that the user wants with noise
@@ -356,7 +356,6 @@ def test_low_rank_noise_comes_with_the_weight_that_peft_makes(make: Any, adapter
         assert experts_of(model) is experts
         assert not changed_weights(model, before)
         assert all(p.was_seen for p in optimizer._weights.perturbations)
-        assert len(versions) == len(experts._parameters)
         return loss.detach(), gradients(model)
 
     (loss, found), (written, expected) = run("virtual"), run("in_place")
