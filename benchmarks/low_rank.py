@@ -55,7 +55,9 @@ class Subject(NamedTuple):
 def minilm() -> Subject:
     import sentiment
 
-    return _of_task(sentiment.Task(), 64)
+    task = sentiment.Task()
+    task.batch = 4
+    return _of_task(task, 64)
 
 
 def _of_task(task: Any, draws: int) -> Subject:
@@ -74,7 +76,7 @@ def smollm2() -> Subject:
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     text = "\n".join(sentence for sentence, _ in sentiment.sentences("movies"))
     ids = tokenizer(text[:100_000], return_tensors="pt").input_ids[0]
-    pieces = ids[: len(ids) // 64 * 64].view(-1, 1, 64)
+    pieces = ids[: len(ids) // 32 * 32].view(-1, 1, 32)
     model = training.with_lora(training.smollm2())
     return Subject(
         model,
@@ -90,7 +92,7 @@ def smollm2() -> Subject:
 def vit() -> Subject:
     import digits
 
-    return _of_task(digits.Task(), 512)
+    return _of_task(digits.Task(), 400)
 
 
 SUBJECTS = {"MiniLM": minilm, "SmolLM2-135M": smollm2, "ViT": vit}
@@ -199,7 +201,7 @@ def norms(steps: int) -> dict[str, Any]:
         subject.loss(model, ids).backward()
         kept = [rows.kept for rows in optimizer._weights.norms]
         reads = [n + (new is not old) for n, new, old in zip(reads, kept, before, strict=True)]
-        if number % 10 == 9:
+        if number % 20 == 19:
             with torch.no_grad():
                 for rows, squared in zip(optimizer._weights.norms, kept, strict=True):
                     assert squared is not None

@@ -31,7 +31,7 @@ _PACKAGES = (
     "torchao",
     "hqq",
 )
-_VARIABLES = "CC", "FLATLORA_NATIVE", "TRITON_INTERPRET"
+_VARIABLES = "CC", "FLATLORA_NATIVE", "FLATLORA_TRITON", "TRITON_INTERPRET"
 
 _ASK = """
 Only your own script knows which weights are perturbed, and how. Please add what this prints in it, right

@@ -27,7 +27,9 @@ from helpers import (
     lora_mlp,
     loss_of,
     mlp_batch,
+    train,
     trainable,
+    with_lora,
 )
 
 BATCH = mlp_batch()
@@ -251,6 +253,36 @@ def test_a_head_that_is_trained_beside_the_model_is_not_reported(model: nn.Modul
         warnings.simplefilter("error")
         optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, schedule="constant")
     assert "noise for 4 of 8 trained matrices (50%)" in repr(optimizer)
+
+
+def test_what_is_frozen_does_not_count_as_trained(model: nn.Module) -> None:
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, schedule="constant")
+    assert "noise for 4 of 4 trained matrices (100%)" in repr(optimizer)
+
+
+def test_training_past_the_end_of_the_schedule_is_reported_once(model: nn.Module) -> None:
+    optimizer = flatlora(model, sigma=0.1, schedule="cosine", total_steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, range(2))
+    with pytest.warns(UserWarning, match=r"goes on after total_steps=2.*epochs \* ceil") as told:
+        train(model, optimizer, range(2, 4))
+    assert len(told) == 1
+
+
+@pytest.mark.filterwarnings("ignore:this optimizer leaves")
+def test_two_optimizers_of_one_model_share_no_noise() -> None:
+    model = with_lora(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), ["0", "1"])
+    noises = []
+    for layer in "01":
+        own = [p for name, p in model.named_parameters() if f".{layer}.lora" in name]
+        weight = model.get_submodule(f"base_model.model.{layer}.base_layer").weight
+        optimizer = FlatLoRAOptimizer(torch.optim.SGD(own, lr=0.1), model, sigma=0.1, schedule="constant")
+        clean = weight.clone()
+        with optimizer.perturbed():
+            noises.append((weight - clean).flatten())
+    assert abs(torch.corrcoef(torch.stack(noises))[0, 1]) < 0.1
 
 
 def test_a_sigma_that_no_weight_uses_is_reported(model: nn.Module) -> None:

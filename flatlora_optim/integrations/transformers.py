@@ -23,7 +23,8 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
     When training begins, it wraps the optimizer that the trainer has built; when training ends, it unwraps
     it. ``args.optim``, learning rate, weight decay, scheduler and checkpoints stay the trainer's. The
     length of the run and the step are the trainer's, too, also when it resumes or starts over. Each time
-    the trainer logs a loss, it also logs sigma and the noise norm of the last step.
+    the trainer logs a loss, it also logs sigma and the noise norm of the last step. ``print(callback)`` shows
+    what is perturbed, also after training.
 
     Args:
         optimizer: Only for an optimizer of your own, which you gave to the trainer as
@@ -64,6 +65,7 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
         self._options = None if sigma is None else checked_options(sigma=sigma, **seeded)
         self.optimizer = optimizer
         """The optimizer in use, if any."""
+        self._described = "has not wrapped an optimizer yet: that is done when training begins"
         self._handles: list[Any] = []
         self._wanted: int | None = None  # the step whose metrics the trainer will log
         self._metrics: dict[str, float] = {}
@@ -202,8 +204,12 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
             handle.remove()
         self._handles = []
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self.optimizer or self._described}"
+
     def _take_out(self) -> None:
         if self.optimizer is not None:
+            self._described = repr(self.optimizer)
             self.optimizer.detach()
             self.optimizer = None
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Iterable, Sequence
 from typing import Protocol, cast
 
@@ -132,7 +133,7 @@ def has_triton(device: torch.device) -> bool:
     # Triton's interpreter reads memory by its address, which works on the CPU only.
     if device.type != ("cpu" if interprets_triton() else "cuda"):
         return False
-    if importlib.util.find_spec("triton") is None:
+    if importlib.util.find_spec("triton") is None or os.environ.get("FLATLORA_TRITON") == "0":
         return False
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _OLDEST_GPU:
         return False

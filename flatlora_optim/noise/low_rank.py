@@ -39,7 +39,7 @@ class FactoredNoise(Noise):
         left, right = self._drawn()
         if self.grid.group:
             left = left.repeat(self.grid.rows // self.grid.group, 1)
-        assert len(left) == len(self.scales)  # not after `drop_scales`
+        assert left.shape[0] == self.scales.shape[0]  # else the scales have been dropped
         return left * (self.scales / math.sqrt(self.source.rank))[:, None], right
 
     def _drawn(self) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,10 @@ LATE = (
     "the adapters learn without noise, because they became active after the first forward of the step. "
     "Switch adapters between steps"
 )
+PAST_THE_END = (
+    "training goes on after total_steps={}, with the noise at its peak. It counts optimizer steps: "
+    "epochs * ceil(batches / accumulation)"
+)
 REPLACED = (
     "the model's adapters are not those in the optimizer, so this step would train nothing: something has "
     "replaced their tensors, as PEFT does when it loads a checkpoint over adapters of another dtype. "
@@ -136,7 +140,7 @@ def _unseen(noises: Sequence[Noise | None], perturbations: Sequence[Perturbation
 def coverage(targets: Sequence[Target], parameters: Sequence[Tensor]) -> str:
     """How many of the trained matrices belong to an adapter of a perturbed weight."""
     covered = _adapters_of(targets)
-    trained = [p for p in parameters if p.ndim > 1]
+    trained = [p for p in parameters if p.ndim > 1 and p.requires_grad]
     noisy = sum(id(p) in covered for p in trained)
     return f"noise for {noisy} of {len(trained)} trained matrices ({noisy / max(1, len(trained)):.0%})"
 

@@ -160,7 +160,9 @@ class FlatLoRAOptimizer(Adoption):
             handles += hooks.hook_forwards(self, model)
         self._finalizer = weakref.finalize(self, hooks.release, perturbations, handles)
         if self.skipped:
-            warnings.warn(f"Flat-LoRA leaves these adapters unperturbed:\n{found.report()}", stacklevel=2)
+            warnings.warn(
+                f"this optimizer leaves these adapters unperturbed:\n{found.report()}", stacklevel=2
+            )
         for complaint in diagnostics.complaints_of_build(model, self.targets, self.param_groups, own_sigma):
             warnings.warn(complaint, stacklevel=2)
 
@@ -389,6 +391,8 @@ class FlatLoRAOptimizer(Adoption):
             complaint = diagnostics.complaint_of_step(
                 noises, self._weights.perturbations, lambda: self._sigmas(self.targets), self._forwards
             )
+            if complaint is None and self._is_past_the_end():
+                complaint = "", diagnostics.PAST_THE_END.format(self.total_steps)
         if complaint is not None and complaint[1] not in self._warned_of:
             self._warned_of.add(complaint[1])
             warnings.warn("".join(complaint), stacklevel=6)
@@ -451,7 +455,7 @@ class FlatLoRAOptimizer(Adoption):
         how = ", ".join(f"{n} {kind} {mode}" for (kind, mode), n in sorted(counts.items()))
         trained = [p for group in self.param_groups for p in group["params"]]
         elements = sum(target.weight.shape.numel() for target in self.targets)
-        skipped = f"{len(self.skipped)} adapters (see .skipped)" if self.skipped else "-"
+        skipped = f"{len(self.skipped)} (see .skipped)" if self.skipped else "-"
         return (
             f"{type(self).__name__}(\n"
             f"  perturbed: {len(perturbations)} of {len(perturbations) + len(self.skipped)} adapted "

@@ -27,7 +27,7 @@ from .param_groups import (
     complete_groups,
     fill_groups,
 )
-from .schedule import Schedule, factor
+from .schedule import Schedule, factor, needs_total_steps
 from .wrapper import OptimizerWrapper
 
 
@@ -98,6 +98,10 @@ class NoiseState(OptimizerWrapper):
     @property
     def _factor(self) -> float:
         return factor(self._schedule, self.step_count, self.total_steps)
+
+    def _is_past_the_end(self) -> bool:
+        total = self.total_steps
+        return needs_total_steps(self._schedule) and total is not None and self.step_count >= total
 
     def _sigmas(self, targets: Sequence[Target]) -> list[float]:
         """The sigma of each target, from the groups that hold its adapters."""

@@ -57,7 +57,8 @@ def choose_perturbations(
             f"no LoRA module to perturb in {type(model).__name__}. Looked for PEFT layers (`base_layer` with "
             "`lora_A`/`lora_B` of an active adapter), loralib-style layers (`weight`, `lora_A`, `lora_B`, "
             "`scaling`) and modules described by `flatlora_optim.register`, whose adapter parameters are in "
-            f"the base optimizer.{skipped}"
+            "the base optimizer. Pass what get_peft_model returned, and build the base from its parameters."
+            f"{skipped}"
         )
     return perturbations, found
 

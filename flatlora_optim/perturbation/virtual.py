@@ -33,6 +33,8 @@ Make = Callable[[torch.dtype], Tensor]
 """Computes ``W + eps``, or eps, in some dtype."""
 Compute = Callable[[Any, FrozenWeight, Noise, Tensor], Tensor]
 """From owner, weight, noise and input: the output of a layer, or what the noise adds to it."""
+Factors = tuple[Tensor | None, Tensor | None]
+"""The two factors of low-rank noise, or None."""
 
 
 class VirtualPerturbation(Perturbation):
@@ -289,10 +291,6 @@ class _ByItsOwnForward(torch.autograd.Function):
 
 def dense_linear(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
     return _linear(x, owner.bias, weight, noise)
-
-
-Factors = tuple[Tensor | None, Tensor | None]
-"""The two factors of low-rank noise, or None."""
 
 
 def _linear(

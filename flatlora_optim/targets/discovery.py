@@ -61,6 +61,9 @@ def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lamb
     check_keras(model)
     found = Discovery()
     by_weight: dict[Hashable, Target] = {}
+    # All adapted weights are counted, wanted or not: two optimizers of one model must not share numbers.
+    first_blocks: dict[Hashable, int] = {}
+    block = 0
     for name, module in model.named_modules():
         try:
             target = _match(name, module)
@@ -71,6 +74,9 @@ def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lamb
         if target is not None and attention is not None:
             found.skipped[name] = f"PEFT merges it in each forward of the attention layer {attention}"
             continue
+        if target is not None and (weight := target.weight.identity()) not in first_blocks:
+            first_blocks[weight] = block
+            block += target.weight.grid().blocks
         reason = unknown_method(module) if target is None else accept(target)
         if reason is not None:
             found.skipped[name] = reason
@@ -89,10 +95,8 @@ def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lamb
     if not found.targets and not found.skipped:
         check_network(model)
     _check_overlap(found.targets)
-    block = 0
     for target in found.targets:
-        target.first_block = block
-        block += target.weight.grid().blocks
+        target.first_block = first_blocks[target.weight.identity()]
     return found
 
 

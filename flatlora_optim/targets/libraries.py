@@ -200,7 +200,7 @@ class KerasDense(LibraryLayer):
         if len(kernel.shape) != 2 or not hasattr(module, "units"):
             raise UnsupportedAdapterError(f"of Keras' layers we know only Dense, no {type(module).__name__}")
         return Registration(
-            f"_torch_params.{kernel.path}",
+            f"torch_params.{kernel.path}",
             delta=_keras_product,
             parameters=("lora_kernel_a.value", "lora_kernel_b.value"),
             transposed=True,

@@ -463,6 +463,51 @@ def test_keras() -> None:
     optimizer.step()
 
 
+def test_keras_fit_with_a_train_step_of_ones_own() -> None:
+    keras = pytest.importorskip("keras")
+
+    class Model(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.top = keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(2)
+
+        def call(self, x: Any) -> Any:
+            return self.top(self.hidden(x))
+
+        def train_step(self, data: Any) -> dict[str, Any]:
+            x, y = data
+            with optimizer.perturbed():
+                noisy.extend(
+                    not torch.equal(kernel, frozen) for kernel, frozen in zip(kernels, clean, strict=True)
+                )
+                loss = self.compute_loss(x, y, self(x, training=True))
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+            return {"loss": loss}
+
+    x, y = torch.randn(32, 6), torch.randn(32, 2)
+    model, noisy, losses = Model(), [], []
+    model(x)
+    for layer in (model.hidden, model.top):
+        layer.enable_lora(2)
+    model.compile(loss="mse")
+    layers = nn.ModuleList(
+        [layer for layer in model._flatten_layers() if getattr(layer, "lora_enabled", False)]
+    )
+    kernels = [layer._kernel.value for layer in layers]
+    clean = [kernel.detach().clone() for kernel in kernels]
+    base = torch.optim.AdamW([variable.value for variable in model.trainable_variables], lr=1e-2)
+    optimizer = FlatLoRAOptimizer(base, layers, sigma=SIGMA, schedule="constant", auto=False)
+    model.fit(x.numpy(), y.numpy(), epochs=10, batch_size=8, verbose=0)
+    assert len(noisy) == 2 * 40
+    assert all(noisy)
+    assert optimizer.step_count == 40
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert all(torch.equal(kernel, frozen) for kernel, frozen in zip(kernels, clean, strict=True))
+
+
 def test_keras_around_a_torch_module() -> None:
     keras = pytest.importorskip("keras")
     loralib = pytest.importorskip("loralib")
