@@ -471,6 +471,8 @@ def test_networks_outside_the_model(
     before = layer.weight.detach().clone()
     noisy = unet(x)
     expected = SIGMA * merged.norm(dim=1) / merged.shape[1] ** 0.5
+    if is_quantized:  # of low rank: its factors contain the scales, and their norm is kept
+        expected = expected.norm()[None]
     torch.testing.assert_close(optimizer._noises[0].scales, expected, rtol=10 * NORM_ERROR, atol=0)
     assert 0.05 < float((noisy - clean).norm() / clean.norm()) < 0.5
     noisy.square().sum().backward()
