@@ -110,6 +110,10 @@ TRAINERS ?= axolotl composer llama_factory swift torchtune
 	@echo "Installing what the tests of $* need into $(@D) (several GB, once)"
 	@$(@D)/bin/python -m pip install --quiet --upgrade pip
 	@$(@D)/bin/python -m pip install --quiet --requirement $< --editable '.[peft]' hypothesis pytest pytest-timeout
+	@# What asks for an older torch, or for more of it, than there is for CPUs: without what it asks for
+	@if test -e $(<:.txt=-alone.txt); then \
+		$(@D)/bin/python -m pip install --quiet --no-deps --requirement $(<:.txt=-alone.txt); \
+	fi
 	@touch $@
 
 test-trainers: $(TRAINERS:%=.venv-trainers/%/.made)  ## Run the plug-ins in the trainers themselves (or TRAINERS=...)

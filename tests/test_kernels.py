@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatlora_optim import FlatLoRAOptimizer, NoiseTable
-from flatlora_optim.kernels import has_triton, kernels_of, native, part, plain, seal
+from flatlora_optim.kernels import checksums, has_triton, kernels_of, native, part, plain
 from flatlora_optim.kernels.grid import Grid
 from flatlora_optim.kernels.part import Keep
 from flatlora_optim.kernels.plain import Product
@@ -244,7 +244,7 @@ def test_with_absurdly_little_room_the_first_step_is_made_up_for(monkeypatch: py
 
 
 @interpreted
-def test_later_tiles_without_room_stay_clean_and_that_is_told_once() -> None:
+def test_later_tiles_without_room_stay_clean_and_that_is_reported_once() -> None:
     from flatlora_optim.kernels import triton as kernels
 
     clean, noises = weights_and_noises(torch.bfloat16, [(9, 5000)], 0, 0, 0, 0.02)
@@ -267,7 +267,7 @@ def test_later_tiles_without_room_stay_clean_and_that_is_told_once() -> None:
     assert torch.equal(int_view(weight), int_view(clean[0]))
 
 
-# ---------------------------------------------------------------------- norms and probes
+# ---------------------------------------------------------------------- norms and checksums
 
 
 @interpreted
@@ -306,18 +306,18 @@ def test_norms_of_what_the_kernel_can_not_read() -> None:
 
 @interpreted
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_each_probed_element_counts(dtype: torch.dtype) -> None:
+def test_each_sampled_element_counts(dtype: torch.dtype) -> None:
     from flatlora_optim.kernels import triton as kernels
 
     weights = [torch.randn(130).to(dtype), torch.randn(5, 8).to(dtype).T]
-    before = kernels.probes(weights)
+    before = kernels.checksums(weights)
     for weight in weights:
         place = (0,) * weight.dim()
         int_view(weight)[place] ^= 1
-    assert (kernels.probes(weights) != before).tolist() == [True, True]
+    assert (kernels.checksums(weights) != before).tolist() == [True, True]
     for weight in weights:
         int_view(weight)[(0,) * weight.dim()] ^= 1
-    assert torch.equal(kernels.probes(weights), before)
+    assert torch.equal(kernels.checksums(weights), before)
 
 
 # ---------------------------------------------------------------------- launches and waits
@@ -367,9 +367,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
             return launch
 
     with monkeypatch.context() as patch:
-        for module in (kernels, seal, states):
+        for module in (kernels, checksums, states):
             patch.setattr(module, "read", read)
-        for name in ("perturb_kernel", "restore_kernel", "norms_kernel", "probe_kernel", "fill_kernel"):
+        for name in ("perturb_kernel", "restore_kernel", "norms_kernel", "checksum_kernel", "fill_kernel"):
             patch.setattr(jit, name, Launched(name, getattr(jit, name)))
         with counter:
             yield counter
@@ -397,9 +397,9 @@ def test_launches_do_not_grow_with_the_number_of_weights_and_nothing_waits(
     with counted(monkeypatch) as restoring:
         optimizer.restore()
     assert sorted(name for name in perturbing.operations if name.endswith("kernel")) == [
+        "checksum_kernel",
         "norms_kernel",
         "perturb_kernel",
-        "probe_kernel",
     ]
     assert len(perturbing.operations) <= 16, perturbing.operations
     assert not perturbing.waits

@@ -268,7 +268,7 @@ def test_lycoris_refused(algorithm: str) -> None:
     model = Net().requires_grad_(False)
     network = lycoris_on(model, algorithm, block_size=1)
     base = torch.optim.SGD(network.parameters(), lr=0.1)
-    message = f"fc: {REFUSED[algorithm]}.* adds no product that is known here; LoRA, LoCon, LoHa and LoKr do"
+    message = f"fc: {REFUSED[algorithm]}.* adds no product that we know; LoRA, LoCon, LoHa and LoKr do"
     with pytest.raises(ValueError, match=message):
         FlatLoRAOptimizer(base, model, sigma=SIGMA, schedule="constant")
     with pytest.raises(ValueError, match="LycorisNetwork adapts the layers of another model"):
