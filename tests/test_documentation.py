@@ -188,6 +188,7 @@ INTERNAL = {
     "$\\sigma$, relative to the norm of each row",
     "distance, relative to the norm of each row",
     # what objects print
+    "has not wrapped an optimizer yet: that is done when training begins",
     "noise for … of … trained matrices (…)",
     "…( perturbed: … of … adapted matrices, … elements (…); … not perturbed: … noise: …; sigma …, schedule … "
     "step … of …, seed … base: … )",

@@ -207,6 +207,97 @@ class Kohya(nn.Module):
         return self.multiplier * self.scale * up @ down
 
 
+class Split(Kohya):
+    """One with a pair for each slice of a fused projection, as for FLUX."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer)
+        sizes = layer.weight.shape[0] // 4, layer.weight.shape[0] - layer.weight.shape[0] // 4
+        inputs = layer.weight.shape[1]
+        self.lora_down = nn.ModuleList(nn.Linear(inputs, 2, bias=False) for _ in sizes)
+        self.lora_up = nn.ModuleList(nn.Linear(2, size, bias=False) for size in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [up(down(x)) for up, down in zip(self.lora_up, self.lora_down, strict=True)]
+        return self.org_forward(x) + torch.cat(parts, -1) * self.multiplier * self.scale
+
+    def product(self) -> Tensor:
+        pairs = zip(self.lora_up, self.lora_down, strict=True)
+        return self.multiplier * self.scale * torch.cat([up.weight @ down.weight for up, down in pairs])
+
+
+class Product(nn.Module):
+    """LyCORIS' LoHa (a product of products), or LoKr (a Kronecker product), attached like kohya's."""
+
+    def __init__(self, layer: Any, kronecker: bool) -> None:
+        super().__init__()
+        is_linear = hasattr(layer, "in_features")  # whose weight may be packed
+        self.shape = torch.Size((layer.out_features, layer.in_features)) if is_linear else layer.weight.shape
+        self.multiplier, self.kronecker = 0.7, kronecker
+        rows, columns = self.shape[0], self.shape[1:].numel()
+        if kronecker:
+            self.use_w1 = True
+            self.lokr_w1 = nn.Parameter(torch.randn(2, 1) / 4)
+            self.lokr_w2 = nn.Parameter(torch.randn(rows // 2, columns) / 4)
+        else:
+            self.hada_w1_a, self.hada_w2_a = (nn.Parameter(torch.randn(rows, 2) / 4) for _ in "12")
+            self.hada_w1_b, self.hada_w2_b = (nn.Parameter(torch.randn(2, columns) / 4) for _ in "12")
+        self.layer = [layer]  # which is no part of the network
+        self.org_forward, layer.forward = layer.forward, self.forward
+
+    def get_weight(self, shape: torch.Size) -> Tensor:
+        weight = (self.product() / self.multiplier).view(shape)
+        return weight * torch.rand(()) if self.training else weight  # as rank dropout does
+
+    def product(self) -> Tensor:
+        if self.kronecker:
+            return self.multiplier * torch.kron(self.lokr_w1, self.lokr_w2)
+        return self.multiplier * (self.hada_w1_a @ self.hada_w1_b) * (self.hada_w2_a @ self.hada_w2_b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        added, (layer,) = self.product().view(self.shape), self.layer
+        more = layer._conv_forward(x, added, None) if hasattr(layer, "_conv_forward") else F.linear(x, added)
+        return self.org_forward(x) + more
+
+
+class Variable:
+    """One of Keras', which is no parameter but has one."""
+
+    def __init__(self, path: str, value: Tensor, trains: bool = True) -> None:
+        self.path, self.value, self.shape = path, nn.Parameter(value, requires_grad=trains), value.shape
+
+
+class KerasDense(nn.Module):
+    """Keras 3 on torch makes its module's parameters when they are first asked for."""
+
+    lora_enabled, lora_alpha, lora_rank, units, fan_in_fan_out = True, 3.0, 2, 5, True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kernel = Variable("dense/kernel", uneven(torch.randn(8, 5), 1).data, trains=False)
+        self.lora_kernel_a = Variable("dense/a", torch.randn(8, 2))
+        self.lora_kernel_b = Variable("dense/b", torch.randn(2, 5))
+
+    @property
+    def torch_params(self) -> nn.ParameterDict:
+        if not hasattr(self, "_torch_params"):
+            parts = (self._kernel, self.lora_kernel_a, self.lora_kernel_b)
+            self._torch_params = nn.ParameterDict({part.path: part.value for part in parts})
+        return self._torch_params
+
+    def parameters(self, recurse: bool = True) -> Any:
+        return iter(self.torch_params.values())
+
+    def get_parameter(self, path: str) -> nn.Parameter:
+        return self.torch_params[path]
+
+    def whole(self) -> Tensor:
+        return self._kernel.value + 1.5 * self.lora_kernel_a.value @ self.lora_kernel_b.value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.whole()
+
+
 LAYERS: dict[str, tuple[Callable[[], Any], str]] = {
     "loralib's MergedLinear": (MergedLinear, "weight"),
     "loralib's MergedLinear, transposed": (lambda: MergedLinear(transposed=True), "weight"),
@@ -218,6 +309,7 @@ LAYERS: dict[str, tuple[Callable[[], Any], str]] = {
     "torchtune's DoRALinear": (lambda: Torchtune(dora=True), "weight"),
     "AdapterHub": (AdapterHub, "weight"),
     "AdapterHub's Average": (lambda: AdapterHub(Average("xy")), "weight"),
+    "Keras' Dense": (KerasDense, "dense/kernel"),
 }
 
 
@@ -248,6 +340,44 @@ def test_found_by_itself_with_noise_of_the_merged_rows(make: Callable[[], Any], 
     assert ((squared / draws).sqrt() / expected - 1).abs().max() < 0.1
     assert all(torch.equal(int_view(p), before[n]) for n, p in model.named_parameters() if n in before)
     assert len(find_targets(model).targets) == 1
+
+
+class Packed(Tensor):
+    """Codes whose values only `get_original_weight` knows, like torchao's NF4."""
+
+    def get_original_weight(self) -> Tensor:
+        return self.as_subclass(Tensor).float() / 9
+
+
+def test_torchtune_over_packed_codes() -> None:
+    layer = Torchtune(dora=False)
+    codes = torch.randint(-20, 20, (5, 8), dtype=torch.int8)
+    layer.weight = nn.Parameter(codes.as_subclass(Packed), requires_grad=False)
+    values = codes / 9
+    layer.whole = lambda: values + 1.5 * layer.lora_b.weight @ layer.lora_a.weight
+    model = nn.Sequential(layer)
+    x = torch.randn(4, 8)
+    clean = model(x).detach()
+    optimizer = optimizer_for(trainable(model), model)
+    noisy = model(x)
+    expected = SIGMA * layer.whole().detach().norm(dim=1) / 8**0.5
+    torch.testing.assert_close(optimizer._noises[0].scales, expected, rtol=10 * NORM_ERROR, atol=0)
+    assert 0.02 < float((noisy - clean).detach().norm() / clean.norm()) < 0.6
+    noisy.square().sum().backward()
+    assert layer.lora_a.weight.grad.any()
+    optimizer.step()
+    assert torch.equal(layer.weight.as_subclass(Tensor), codes)
+    with torch.no_grad():
+        assert torch.equal(model(x), clean)
+
+
+def test_a_model_of_keras_is_refused_with_the_way_out() -> None:
+    model = nn.Module()
+    model._flatten_layers = lambda include_self: [KerasDense()]  # in no module tree
+    with pytest.raises(
+        ValueError, match=r"Keras keeps its layers out .*`nn.ModuleList\(\[\.\.\.\]\)`.* auto=False"
+    ):
+        optimizer_for([nn.Parameter(torch.zeros(2))], model)
 
 
 def test_a_convolution_that_merges_by_itself_is_perturbed_in_its_own_forward() -> None:
@@ -300,9 +430,29 @@ def convolution() -> nn.Module:
     return nn.Conv2d(3, 8, 3)
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(64, 32), convolution, quantized])
-@pytest.mark.parametrize("stacked", [False, True])
-def test_networks_outside_the_model(make: Callable[[], nn.Module], stacked: bool) -> None:
+def linear() -> nn.Module:
+    return nn.Linear(64, 32)
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[Callable[[Any], nn.Module]]]] = {
+    "kohya's on a linear layer": (linear, [Kohya]),
+    "kohya's on a convolution": (convolution, [Kohya]),
+    "kohya's on a packed layer": (quantized, [Kohya]),
+    "two of kohya's": (linear, [Kohya, Kohya]),
+    "two of kohya's on a packed layer": (quantized, [Kohya, Kohya]),
+    "one for each slice": (linear, [Split]),
+    "LoHa": (linear, [partial(Product, kronecker=False)]),
+    "LoHa on a convolution": (convolution, [partial(Product, kronecker=False)]),
+    "LoKr": (linear, [partial(Product, kronecker=True)]),
+    "LoKr on a packed layer": (quantized, [partial(Product, kronecker=True)]),
+    "LoHa around kohya's": (linear, [Kohya, partial(Product, kronecker=False)]),
+}
+
+
+@pytest.mark.parametrize(("make", "kinds"), NETWORKS.values(), ids=NETWORKS)
+def test_networks_outside_the_model(
+    make: Callable[[], nn.Module], kinds: list[Callable[[Any], nn.Module]]
+) -> None:
     unet = nn.Sequential(make()).requires_grad_(False)
     layer = unet[0]
     is_quantized = isinstance(layer, bnb.nn.Linear4bit)
@@ -311,7 +461,7 @@ def test_networks_outside_the_model(make: Callable[[], nn.Module], stacked: bool
         if is_quantized
         else layer.weight.detach().flatten(1)
     )
-    network = nn.ModuleList(Kohya(layer) for _ in range(1 + stacked))
+    network = nn.ModuleList(kind(layer) for kind in kinds)
     merged = (values + sum(each.product() for each in network)).detach()
     x = torch.randn(2, 3, 6, 6) if values.shape[1] == 27 else torch.randn(4, 64)
     clean = unet(x).detach()
@@ -342,7 +492,7 @@ def test_a_network_of_an_unknown_kind_is_named() -> None:
 
     unet = nn.Sequential(nn.Linear(6, 5)).requires_grad_(False)
     network = Other(unet[0])
-    with pytest.raises(ValueError, match="0: Other adds no product that is known here; LoRA, LoCon"):
+    with pytest.raises(ValueError, match="0: Other adds no product that we know; LoRA, LoCon"):
         optimizer_for(network.parameters(), unet)
 
 
@@ -387,7 +537,9 @@ def test_a_fused_kernel_that_would_pass_the_noise_is_refused() -> None:
         attention = model.base_model.model.attention
         module = attention[place] if place else attention
         module.__dict__.update(kernel(module))
-        message = r"_proj: a fused kernel \(apply_lora\) of .*attention.* reads its weight past its forward"
+        message = (
+            r"_proj: a fused kernel \(apply_lora\) of .*attention.* reads its weight without calling its"
+        )
         if read == {"q_proj", "o_proj"}:
             with pytest.raises(ValueError, match=message):
                 optimizer_for(trainable(model), model)

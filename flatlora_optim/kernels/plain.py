@@ -10,18 +10,18 @@ from torch import Tensor
 
 from . import part
 from .journal import Journal
-from .part import Keep, Key, Recipe
+from .part import Keep, Key, Recipe, visit
 from .threads import rows_at_once, scratch
 
 name = "torch operations"
-blocks_at_once = 1  # what is made in between stays in a core's own cache
+blocks_at_once = 1  # so that intermediate results stay in a core's own cache
 
 
 class Product(NamedTuple):
     """A weight and a low-rank product ``scaling * left @ right`` on top of it, of shapes ``(m, r)`` and
     ``(r, n)``.
 
-    With ``row_dim`` 1, the weight is stored transposed. All of them may be of any floating dtype.
+    With ``row_dim`` 1, the weight is stored transposed. All three may have any floating dtype.
     """
 
     weight: Tensor
@@ -50,6 +50,7 @@ class Product(NamedTuple):
 
 
 SAMPLES = 64
+"""Elements of a weight that go into its checksum."""
 
 _NAN = {
     torch.float16: 0x7E00,
@@ -61,15 +62,15 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The tensor's bit patterns, so that NaNs and signed zeros compare as what they are."""
+    """The tensor's bit patterns: unlike values, NaNs and signed zeros compare exactly."""
     return tensor.view(_BITS[tensor.element_size()])
 
 
 def rounded_sum(weight: Tensor, eps: Tensor, alpha: int = 1) -> Tensor:
     """``weight + alpha * eps``, added in float32 or wider and rounded once, in scratch memory.
 
-    The sum of a finite float16 weight is kept finite: noise alone never overflows a layer. All NaNs become
-    one: which of them a conversion yields depends on whether it was vectorized.
+    The sum of a finite float16 weight stays finite: noise alone never overflows a layer. All NaNs become the
+    same one, since what a conversion makes of a NaN depends on whether it was vectorized.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     total = scratch(f"sum {alpha}", weight.shape, dtype, weight.device).copy_(weight)
@@ -89,7 +90,7 @@ def takes(noise: Recipe, weight: Tensor) -> bool:
 
 def fill(out: Tensor, key: Key, block: int) -> Tensor:
     generator = torch.Generator(device=out.device)
-    # That of the CPU keeps 32 bits of a seed, others keep all.
+    # The CPU's generator keeps 32 bits of a seed, others keep 64.
     generator.manual_seed(key.block_seed(block, 32 if out.device.type == "cpu" else 64))
     return out.normal_(generator=generator)
 
@@ -99,7 +100,7 @@ def checksums(weights: Sequence[Tensor]) -> Tensor | list[int]:
 
 
 def checksum(weight: Tensor) -> Tensor:
-    """Changes with any of a few elements."""
+    """A number that changes if any of ``SAMPLES`` elements does."""
     stride = max(1, weight.numel() // SAMPLES)
     some = weight.reshape(-1)[::stride] if weight.is_contiguous() else weight.flatten(1)[:, 0]
     values = bits(some[:SAMPLES].clone()).to(torch.int64)
@@ -110,12 +111,20 @@ def checksum(weight: Tensor) -> Tensor:
 
 
 class Part(part.Part):
+    """Perturbed and restored block by block, on the CPU by several threads."""
+
     _journal: Journal | None = None
 
-    def __init__(
-        self, rows: Tensor, noise: Recipe, lo: int, hi: int, keep: Keep, copy: Tensor | None = None
-    ) -> None:
-        super().__init__(rows.detach(), noise, lo, hi, keep, copy)  # stays where it is
+    def _prepare(self) -> None:
+        self.rows = self.rows.detach()  # stays on this memory, even if the tensor gets another
+
+    @classmethod
+    def perturb_all(cls, parts: Sequence[Part]) -> None:  # type: ignore[override]
+        visit(cls.perturb, parts)
+
+    @classmethod
+    def restore_all(cls, parts: Sequence[Part]) -> None:  # type: ignore[override]
+        visit(cls.restore, parts)
 
     def perturb(self) -> None:
         eps = self.noise.block(self.lo, self.hi)
@@ -144,7 +153,7 @@ class Part(part.Part):
         return restored
 
     def _write(self, values: Tensor, is_perturbed: bool) -> None:
-        """Writes the rows and takes note of it; an exception in between leaves the two in agreement."""
+        """Writes the rows and the flag, which agree also after an exception in between."""
         try:
             self.rows.copy_(values)
             self.is_perturbed = is_perturbed
@@ -171,11 +180,11 @@ def norm_increase(product: Product) -> Tensor:
 
 
 def increase_of_projected(projected: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``norm_increase`` of a matrix whose product with ``right.T`` is known."""
+    """``norm_increase`` from ``projected = W @ right.T``."""
     return ((2 * projected + left @ (right @ right.T)) * left).sum(1)
 
 
 def row_chunks(matrix: Tensor) -> list[slice]:
-    """Cuts a matrix into as many rows as are worked on at a time."""
+    """Cuts a matrix into runs of rows to work on one at a time."""
     size = rows_at_once(matrix.shape[1], matrix.device.type)
     return [slice(lo, lo + size) for lo in range(0, len(matrix), size)]

@@ -1,9 +1,9 @@
 """Noise on a GPU: all weights of a device and dtype in one launch, which nothing waits for.
 
-``jit`` has the code of the kernels. What they are told of the weights lies in tables in the device's
-memory, which are made once and kept for as long as the weights stay where they are. The journal, too,
-has a place that is reserved once. How much of it a step needs is told by the device when it is asked
-anyway; a tile that finds no room stays clean for the step, and the place grows for the next one.
+``jit`` has the code of the kernels. Tables in the device's memory describe the weights; they are made once
+and kept for as long as the weights stay where they are. Memory for the journal is reserved once, too. The
+device reports how much of it a step needed, without being waited for: a tile that finds no room stays clean
+for the step, and there is more room at the next.
 
 The module imports Triton; ask :func:`flatlora_optim.kernels.has_triton` first.
 """
@@ -36,19 +36,19 @@ blocks_at_once = 1 << 40  # a weight is one part
 TILE = 4096
 """Elements per program. A position within a tile fits the 16 bits that the journal has for it."""
 
-_ROWS, _COLUMNS, _MOST_RANKS = 64, 64, 64  # of one program's product
+_ROWS, _COLUMNS, _MOST_RANKS = 64, 64, 64  # of the product in one program
 
 _ROOM = {2: 1 / 18, 4: 1 / 13}
-"""Entries of a journal per element that there is room for at first, by the size of an element: what noise
-of sigma 0.05 needs, within 12 % of the weights' memory."""
+"""Journal entries per element that there is room for at first, by the size of an element: what noise of
+sigma 0.05 needs, at most 12 % of the weights' memory."""
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _BITS = {2: tl.int16, 4: tl.int32}
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 _KEEP = {Keep.NOTHING: jit.NOTHING, Keep.JOURNAL: jit.JOURNAL, Keep.COPY: jit.COPY}
 
-# Contracting `z * scale + w` into one rounding would make the restore miss other elements than
-# the journal has.
+# If `z * scale + w` were contracted into one rounding, a restore would miss other elements than the
+# journal has.
 _EXACT: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": jit.THREADS.value // 32}
 
 
@@ -68,25 +68,16 @@ def fill(out: Tensor, key: Key, block: int) -> Tensor:
 
 
 class Part(part.Part):
-    """A whole weight, or its local part. Whether its tiles carry the noise is known to the device."""
+    """A whole weight, or its local part. The device keeps which of its tiles carry the noise."""
 
     memory: _Batch | None = None
 
-    def __init__(
-        self, rows: Tensor, noise: Recipe, lo: int, hi: int, keep: Keep, copy: Tensor | None = None
-    ) -> None:
-        super().__init__(rows, noise, lo, hi, keep, copy)
-        self.address = rows.data_ptr()
+    def _prepare(self) -> None:
+        self.address = self.rows.data_ptr()
 
     @property
     def nbytes(self) -> int:
         return self.memory.share if self.is_perturbed and self.memory is not None else 0
-
-    def perturb(self) -> None:
-        self.perturb_all([self])
-
-    def restore(self) -> None:
-        self.restore_all([self])
 
     def clean(self, copy: Tensor) -> None:
         assert self.memory is not None
@@ -121,8 +112,8 @@ class Part(part.Part):
 
 
 def _description(part: Part, *, in_place: bool) -> tuple[int, ...]:
-    """What the table says of a weight, apart from where its scales and tiles begin among all: see
-    ``jit._located``. Last, the number of its tiles."""
+    """A weight's entry of the table, without the places of its first scale and first tile, and then the
+    number of its tiles. See ``jit._located``."""
     grid, rows = part.noise.grid, part.rows
     first_row, size, row_size = grid.first_row + part.lo, grid.rows_per_block, grid.row_size
     block = first_row // size
@@ -138,7 +129,7 @@ def _description(part: Part, *, in_place: bool) -> tuple[int, ...]:
 
 
 def _tables(device: torch.device, weights: Sequence[tuple[int, ...]], scales: Sequence[int]) -> list[Tensor]:
-    """The table of some weights with so many scales each, and which of them each tile belongs to."""
+    """The table of some weights, which have so many scales each, and the weight that each tile belongs to."""
     rows, tile, scale = [], 0, 0
     for (address, *at, copy, count), size in zip(weights, scales, strict=True):
         rows.append([address, scale, tile, *at, copy])
@@ -159,7 +150,7 @@ _batches: WeakValueDictionary[tuple[Any, ...], _Batch] = WeakValueDictionary()
 
 
 def _batch_of(parts: Sequence[Part]) -> _Batch:
-    """The one for these weights, which is kept by whoever has perturbed them last."""
+    """The batch of these weights. Their last perturbation keeps it alive."""
     first = parts[0]
     weights = tuple(_description(each, in_place=True) for each in parts)
     scales = tuple(len(each.noise.scales) for each in parts)
@@ -171,7 +162,7 @@ def _batch_of(parts: Sequence[Part]) -> _Batch:
 
 
 class _Batch:
-    """The weights of one device, dtype and way to restore, and what it takes to bring them back."""
+    """Weights of the same device, dtype and way to restore, with all that brings them back."""
 
     def __init__(
         self,
@@ -183,7 +174,9 @@ class _Batch:
     ) -> None:
         self._device, self._dtype, self._keep = device, dtype, keep
         self._numel = sum(weight[2] for weight in weights)
-        self._spans: dict[int, tuple[int, int]] = {}  # of tiles, by the address of the weight
+        self._spans: dict[
+            int, tuple[int, int]
+        ] = {}  # first tile and number of tiles, by the weight's address
         tiles = 0
         for address, *_, count in weights:
             self._spans[address] = tiles, count
@@ -196,7 +189,7 @@ class _Batch:
             self._control = torch.zeros(3, dtype=torch.int64, device=device)
             self._counters = self._control[:2]
             self._answer = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
-        self._asked: Any = None  # what tells whether the answer has come
+        self._asked: Any = None  # an event: whether the answer has come
         self._is_measured = self._warned = False
         self._wanted = 0  # entries of the last step
         self._positions = self._originals = torch.empty(0, dtype=torch.int16, device=device)
@@ -206,13 +199,13 @@ class _Batch:
 
     @property
     def nbytes(self) -> int:
-        """Of the journal's room; the tables are small."""
+        """Memory of the journal; the tables are small."""
         journal = self._starts, self._positions, self._originals
         return sum(tensor.numel() * tensor.element_size() for tensor in journal)
 
     @property
     def share(self) -> int:
-        """Memory for each of the weights."""
+        """The memory divided by the number of weights."""
         return self.nbytes // len(self._spans)
 
     def perturb(self, parts: Sequence[Part]) -> None:
@@ -224,9 +217,9 @@ class _Batch:
             self._scales = _joined([each.noise.scales for each in parts])
             self._words = parts[0].noise.key.words
             for each in parts:
-                # Known before it is true: the device can be asked to restore what carries no noise.
+                # Set before it is true: restoring a weight without noise does no harm.
                 each.memory, each.is_perturbed = self, True
-                increment_version(each.rows)  # autograd is to see that the weight was written
+                increment_version(each.rows)  # so that autograd sees that the weight was written
             self._perturb()
             if self._keep is Keep.JOURNAL and not self._is_measured:
                 self._make_up()
@@ -273,19 +266,19 @@ class _Batch:
         _launch(kernel, self._dtype, where, self._scales, self._words, journal, tiles, KEEP=keep, **options)
 
     def _reserve(self, kept: int = 0) -> None:
-        """Makes room for the journal, if what there is may not be enough.
+        """Reserves more memory for the journal, if there may not be enough.
 
         Args:
-            kept: Entries of this step that stay.
+            kept: Entries of this step to keep.
         """
         known, room = len(self._positions), self._numel * _ROOM[self._dtype.itemsize]
         if known and not kept and self._wanted * 1.2 <= known:
             return
         if known:
             room = self._wanted * (1.25 if kept else 1.5)
-        room = min(int(room), self._numel) + 2 * TILE  # what a tile that finds no room leaves behind it
+        room = min(int(room), self._numel) + 2 * TILE  # for what a tile without room leaves unused
         before = self._positions[:kept], self._originals[:kept]
-        if not kept:  # first what there was, then the new
+        if not kept:  # free the old memory first
             self._positions = self._originals = self._positions[:0]
         with torch.inference_mode(False):
             self._positions = torch.empty(room, dtype=torch.int16, device=self._device)
@@ -296,7 +289,7 @@ class _Batch:
         self._control.copy_(torch.tensor([kept, 0, room]), non_blocking=True)
 
     def _make_up(self) -> None:
-        """Waits once, when the room for the journal is new, and puts the noise on tiles that found none."""
+        """Waits once, when the journal is new, and puts the noise on tiles that had found no room."""
         self._wanted, lost, room = read(self._control)
         self._is_measured = True
         if lost:
@@ -304,7 +297,7 @@ class _Batch:
             self._perturb()
 
     def _ask(self) -> None:
-        """Has the device tell how much room was needed, without waiting for it."""
+        """Asks the device how much room was needed, without waiting for the answer."""
         self._answer.copy_(self._control, non_blocking=True)
         self._asked = torch.cuda.Event() if self._device.type == "cuda" else True
         if self._asked is not True:
@@ -326,7 +319,7 @@ class _Batch:
 
 
 def _joined(scales: Sequence[Tensor]) -> Tensor:
-    """All scales, one after another: they are where they are, if they lie like that."""
+    """All scales in one tensor: no copy, if they lie one after another already."""
     place = scales[0].data_ptr()
     for each in scales:
         if each.data_ptr() != place or not each.is_contiguous():
@@ -372,7 +365,7 @@ def norm_increases(products: Sequence[Product]) -> list[Tensor]:
 
 
 def _kind_of_product(product: Product) -> tuple[Any, ...] | None:
-    """What one launch has in common; None for what the kernel can't read."""
+    """What products in one launch have in common; None if the kernel can't read this one."""
     dtypes = tuple(_DTYPES.get(each.dtype) for each in product[:3])
     if None in dtypes or not product.weight.is_contiguous():
         return None
@@ -422,7 +415,7 @@ def _norm_tables(
 
 @functools.cache
 def _factors(device: torch.device) -> Any:
-    """What matrix products are made of."""
+    """The dtype that factors are multiplied in."""
     is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     return tl.float32 if is_old or interprets_triton() else tl.bfloat16
 
@@ -458,7 +451,7 @@ def _sample_table(device: torch.device, weights: tuple[tuple[int, ...], ...]) ->
 
 
 def _signed(word: int) -> int:
-    """The 32 bits as a signed integer: Triton would make other kernels for larger ones."""
+    """The 32 bits as a signed integer: for larger ones, Triton would compile another kernel."""
     return word - (1 << 32) if word >= 1 << 31 else word
 
 

@@ -19,17 +19,16 @@ from ..targets.sharding import local_part
 class Perturbation:
     """Puts noise on one target and takes it away again.
 
-    What is written into the weight itself is left to the caller, who can then write many weights
-    at once: ``apply`` and ``remove`` return the parts that are to be perturbed, or restored.
-    Anything may be interrupted anywhere by an exception. ``remove`` and ``forget`` then end
-    whatever had begun, and may be called again until they return.
+    ``apply`` and ``remove`` don't write the weight themselves: they return the parts to perturb, or to
+    restore, so that the caller can write many weights at once. An exception may interrupt anything
+    anywhere. ``remove`` and ``forget`` then end what had begun, and may be called again until they return.
     """
 
     mode = ""
     """How the target is perturbed, as shown by ``print(optimizer)``."""
 
     was_seen = True
-    """Whether anything has ever computed with the noise, as far as that can be told."""
+    """Whether anything has ever computed with the noise, as far as one can see."""
 
     def __init__(self, target: Target, source: NoiseSource) -> None:
         self.target = target
@@ -49,11 +48,11 @@ class Perturbation:
         return ()
 
     def forget(self) -> None:
-        """Ends the perturbation without writing anything. Does nothing when nothing is applied."""
+        """Ends the perturbation without writing anything. Does nothing if none is applied."""
         raise NotImplementedError
 
     def skip(self) -> None:
-        """There is no noise in this step. Called before it begins, in place of ``apply``."""
+        """Called in place of ``apply`` before a step without noise."""
 
     def written(self) -> Tensor | None:
         """The tensor whose values ``apply`` changed, if any."""
@@ -71,15 +70,15 @@ class Perturbation:
         return None
 
     def changed(self) -> bool:
-        """Whether somebody else replaced or wrote the weight since ``keep_checksum``, as far as one sees
-        without its elements."""
+        """Whether somebody else replaced or wrote the weight since ``keep_checksum``, as far as one can see
+        without reading it."""
         return False
 
     def leave_merged(self) -> bool:
-        """Subtracts the noise from a weight that meanwhile has an adapter merged into it, and warns.
+        """Subtracts the noise, with a warning, if an adapter was merged into the weight meanwhile.
 
         Returns:
-            Whether that is what happened to it.
+            Whether that was so.
         """
         return False
 
@@ -91,13 +90,14 @@ class Perturbation:
         )
 
     def nbytes(self) -> int:
-        """Memory held to be able to restore, in bytes."""
+        """Bytes held in order to restore the weight."""
         return 0
 
 
 @torch.no_grad()
 def apply_all(perturbations: Sequence[Perturbation], noises: Sequence[Noise | None]) -> None:
-    """Applies each noise, if there is one, to its target. ``remove_all`` takes back also a part."""
+    """Applies each noise, if there is one, to its target. ``remove_all`` undoes it, also if an exception
+    came in between."""
     pairs = zip(perturbations, noises, strict=True)
     kernels.perturb([part for p, noise in pairs if noise is not None for part in p.apply(noise)])
 
@@ -113,7 +113,7 @@ def take_checksums(perturbations: Sequence[Perturbation]) -> None:
 
 @torch.no_grad()
 def changed_among(perturbations: Sequence[Perturbation]) -> list[Perturbation]:
-    """Those whose weights somebody else has written. The device is asked once for all of them."""
+    """Those whose weights somebody else has written. Waits once for each device."""
     changed = {i for i, perturbation in enumerate(perturbations) if perturbation.changed()}
     kept: dict[Checksums, dict[int, int]] = {}
     for i, perturbation in enumerate(perturbations):
@@ -125,9 +125,9 @@ def changed_among(perturbations: Sequence[Perturbation]) -> list[Perturbation]:
 
 
 def forget_changed(perturbations: Sequence[Perturbation]) -> list[Perturbation]:
-    """Leaves weights that somebody else has written to them, and returns whose they are.
+    """Gives up weights that somebody else has written, and returns their perturbations.
 
-    From a weight that an adapter was merged into, the noise is subtracted: nothing else is lost of it.
+    If an adapter was merged into the weight meanwhile, only the noise is subtracted and the merge is kept.
     """
     left = []
     for perturbation in changed_among(perturbations):
@@ -138,11 +138,11 @@ def forget_changed(perturbations: Sequence[Perturbation]) -> list[Perturbation]:
 
 
 def remove_all(perturbations: Sequence[Perturbation]) -> None:
-    """Removes every one, also when an exception (Ctrl-C, say) arrives in between."""
+    """Removes each of them, also if an exception such as Ctrl-C comes in between."""
     try:
         _remove(perturbations)
     except BaseException:
-        # Removing twice does no harm, and one that can't be removed must not keep the others.
+        # Removing twice does no harm, and one that can't be removed must not stop the others.
         for perturbation in perturbations:
             with suppress(Exception):
                 _remove([perturbation])

@@ -1,8 +1,8 @@
-"""Writing the noise into the weight: W += eps, later W -= eps, to the bit.
+"""Noise that is written into the weight: W += eps, later W -= eps, to the bit.
 
-All arithmetic is in float32 or wider, from the same stream, rounded once to the weight's dtype. ``exact``
-journals the few elements that the subtraction would miss, ``snapshot`` keeps a copy of the
-weight, ``subtract`` (the paper's way) lets them drift.
+All arithmetic is in float32 or wider, with the same numbers, and rounded once to the weight's dtype.
+``exact`` journals the few elements that the subtraction would miss, ``snapshot`` keeps a copy of the
+weight, and ``subtract`` (the paper's way) lets them drift.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class InPlace(Perturbation):
     """Noise in a dense weight itself.
 
     Args:
-        target: Whose frozen weight is dense.
+        target: Its frozen weight must be dense.
         restore: A key of ``RESTORE_MODES``.
     """
 
@@ -72,7 +72,7 @@ class InPlace(Perturbation):
         return self._parts
 
     def remove(self) -> Sequence[Part]:
-        # From here on the weight does not fit the checksum because of us.
+        # From here on we write the weight ourselves.
         self._checksum = None
         return self._parts
 
@@ -102,7 +102,7 @@ class InPlace(Perturbation):
 
     def keep_checksum(self, checksums: Checksums, number: int) -> None:
         if self._tensor is not None:
-            # A merge through `.data` does not change the version, but elements.
+            # A merge through `.data` changes elements, but not the version.
             self._checksum = self._weight.version, checksums, number
         self._memory = self._parts[0].memory if self._parts else None
 
@@ -113,7 +113,7 @@ class InPlace(Perturbation):
         if self._tensor is None or self._checksum is None:
             return False
         tensor = getattr(self._weight, "tensor", None)
-        # A merge of a B that is still zero changes no element, but means to.
+        # Merging a B that is still zero changes no element, but it is a merge.
         if tensor is None or place_of(tensor) != self._place or self.target.merged:
             return True
         return self._weight.version != self._checksum[0]
@@ -140,7 +140,7 @@ class InPlace(Perturbation):
             local.dtype,
             local.device,
         ):
-            # Kept between steps: faulting in fresh pages costs more than the copy.
+            # Kept between steps: fresh memory costs more than the copy.
             self._copy = lasting_empty(local.shape, local.dtype, local.device)
 
 
@@ -155,20 +155,17 @@ def change_noticed(changed: Sequence[Perturbation]) -> WeightChangedError:
 
 
 def clean_copy(tensor: Tensor) -> Tensor | None:
-    """What the tensor, or another one in the same memory, holds without noise; None if it carries none.
+    """A copy of the tensor without noise; None if it carries none.
 
     Raises:
         WeightChangedError: Somebody else wrote it meanwhile.
     """
     perturbation = _applied_at.get(place_of(tensor))
-    if perturbation is None:  # it may have been moved meanwhile, by `to()`
+    if perturbation is None:  # perhaps `to()` has moved it meanwhile
         others = (reference() for reference in _applied_at.valuerefs())
         perturbation = next((each for each in others if each is not None and each.written() is tensor), None)
-    if (
-        perturbation is None
-        or (written := perturbation.written()) is None
-        or not _same_elements(written, tensor)
-    ):
+    written = None if perturbation is None else perturbation.written()
+    if perturbation is None or written is None or not _same_elements(written, tensor):
         return None
     if changed_among([perturbation]):
         if perturbation.leave_merged():
@@ -180,6 +177,6 @@ def clean_copy(tensor: Tensor) -> Tensor | None:
 
 
 def _same_elements(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors in the same memory hold the same elements there, in whatever shape."""
+    """Whether two tensors in the same memory have the same elements, perhaps in another shape."""
     are_contiguous = one.is_contiguous() and other.is_contiguous()
     return one.shape == other.shape or (are_contiguous and one.numel() == other.numel())

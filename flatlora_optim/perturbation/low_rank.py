@@ -1,8 +1,8 @@
 """Low-rank noise in the forward: ``y + ((x @ V) @ U.T) * s / sqrt(r)``, whatever computes ``y``.
 
-Plain operations of torch on two thin tensors that lie where they are from step to step. So the layer's
+Plain torch operations on two thin tensors, whose memory stays the same from step to step. So the layer's
 own forward runs, whatever it is; autograd, ``torch.compile`` and CUDA graphs see nothing new at a step; and
-nothing of the weight's size is made. Linear layers, of which there are most, write each output once where
+no tensor of the weight's size is made. Linear layers, of which there are most, write each output once where
 autograd alone follows (``_at_once``).
 """
 
@@ -38,7 +38,7 @@ from .virtual import (
 )
 
 Add = Callable[[Any, FrozenWeight, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``y + eps(x)``, of owner, weight, y, x, left and right, the last two in y's dtype."""
+"""``y + x @ eps.T`` or the like, from owner, weight, y, x, left and right. The last two have y's dtype."""
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -47,7 +47,7 @@ class LowRankPerturbation(VirtualPerturbation):
     """Adds ``x @ (left @ right).T`` to the output of the frozen layer while noise is on.
 
     Raises:
-        UnsupportedAdapterError: It is not known what the layer's forward does with its weight.
+        UnsupportedAdapterError: We don't know what the layer's forward does with its weight.
     """
 
     mode = "virtual, low rank"
@@ -63,7 +63,7 @@ class LowRankPerturbation(VirtualPerturbation):
         add, known = _ADDED[operation_of(target)], known_forward(target)
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            if self._noise is None:  # called by who replaced our forward by one around it
+            if self._noise is None:  # called from a forward that was put around ours
                 return _own(module, weight, args, kwargs)
             self._see()
             x, y = first_of(args, kwargs), None
@@ -91,7 +91,7 @@ class LowRankPerturbation(VirtualPerturbation):
 
     def apply(self, noise: Noise) -> Sequence[Part]:
         assert isinstance(noise, FactoredNoise)
-        if self.held() is not noise:  # it comes back after an evaluation
+        if self.held() is not noise:  # the same one comes back after an evaluation
             self.held = lambda: None
             self._fill(noise.factors())
             self.held = weakref.ref(noise)
@@ -102,9 +102,9 @@ class LowRankPerturbation(VirtualPerturbation):
         self.left.zero_()
 
     def _fill(self, factors: tuple[Tensor, Tensor]) -> None:
-        """Writes them to the tensors that compiled and captured forwards read."""
+        """Writes the factors to the tensors that compiled and captured forwards read."""
         left, right = factors
-        refuse_capture(left.device)  # a forward may be captured, but not what is to be new at each step
+        refuse_capture(left.device)  # a forward may be captured, but this must run at each step
         weight = self.target.weight
         dtype = weight.tensor.dtype if isinstance(weight, DenseWeight) else compute_dtype(self.target.owner)
         if (self.left.shape, self.left.dtype, self.left.device) != (left.shape, dtype, left.device):
@@ -115,8 +115,8 @@ class LowRankPerturbation(VirtualPerturbation):
 
 
 class LowRankExperts(LowRankPerturbation):
-    """Adds the product to what PEFT makes of W anew in each forward, ``W + delta``: to the weights of all
-    experts in one product, which costs them no memory."""
+    """Adds the product to ``W + delta``, which PEFT computes in each forward: for all experts at once, and in
+    place."""
 
     def _forward(self, target: Target) -> Forward:
         module, weight = target.computes, self.target.weight
@@ -132,7 +132,7 @@ class LowRankExperts(LowRankPerturbation):
         return forward
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """Of each expert's matrix, as it is stored."""
+        """The factors for each expert's matrix as it is stored."""
         weight, rank = self.target.weight, len(self.right)
         assert isinstance(weight, ExpertsWeight)
         left = self.left.view(weight.experts, -1, rank)
@@ -152,7 +152,7 @@ class _Sum(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             if weight.is_leaf:
                 return torch.baddbmm(matrices, *self._factors).view_as(weight)
-            return matrices.baddbmm_(*self._factors).view_as(weight)  # the sum that PEFT has just made
+            return matrices.baddbmm_(*self._factors).view_as(weight)  # PEFT has just computed it
 
 
 @contextmanager
@@ -173,8 +173,8 @@ def _parametrized(weight: FrozenWeight, parametrization: nn.Module) -> Iterator[
 
 
 def _is_alone(module: nn.Module, x: Tensor) -> bool:
-    """Whether the layer's forward is its own, and autograd alone follows it: ``torch.func``, forward-mode
-    derivatives and the compiler want plain operations."""
+    """Whether the layer's forward is its own, and only autograd records it: ``torch.func``, forward-mode
+    derivatives and the compiler need plain operations."""
     return not (
         torch.compiler.is_compiling()
         or module.__dict__.get("flatlora_forward", (None,))[0]
@@ -184,7 +184,7 @@ def _is_alone(module: nn.Module, x: Tensor) -> bool:
 
 
 def _at_once(owner: Any, weight: FrozenWeight, x: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
-    """The output of a linear layer, noise included; None where it is not of one dtype."""
+    """The output of a linear layer with noise. None if x, W and the noise don't have the same dtype."""
     if not isinstance(weight, DenseWeight):
         return bnb_4bit(owner, weight, None, x, (left, right))
     tensor = weight.tensor
@@ -196,10 +196,10 @@ def _at_once(owner: Any, weight: FrozenWeight, x: Tensor, left: Tensor, right: T
 
 
 def _own(module: nn.Module, weight: FrozenWeight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What the layer computes without noise. (torch.compile can't trace `own_forward`.)"""
+    """The layer's output without noise. (torch.compile can't trace `own_forward`.)"""
     state = getattr(weight.layer.weight, "quant_state", None) if weight.kind == "bnb-4bit" else None
     if getattr(state, "packing_format_for_cpu", False) and isinstance(module, nn.Linear):
-        # What bitsandbytes computes with a weight that an evaluation has repacked knows no gradients.
+        # After an evaluation has repacked the weight, bitsandbytes' own forward has no gradients.
         return bnb_4bit(module, weight, None, *args, **kwargs)
     replaced = module.__dict__.get("flatlora_forward", (None,))[0]
     y: Tensor = replaced(*args, **kwargs) if replaced else type(module).forward(module, *args, **kwargs)
@@ -234,7 +234,7 @@ _ADDED: dict[str, Add] = {"product": _linear, "convolution": _convolution, "embe
 
 
 def _replicated(factor: Tensor, y: Any) -> Tensor:
-    """The factor as a DTensor that each process of y's mesh has whole."""
+    """The factor as a DTensor, whole on each process of y's mesh."""
     from torch.distributed.tensor import DTensor, Replicate
 
     places = [Replicate()] * y.device_mesh.ndim

@@ -1,4 +1,4 @@
-"""LoRA layers of other libraries, recognized by their attributes. Each says where its parts are."""
+"""LoRA layers of other libraries, recognized by their attributes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .weights import UnsupportedAdapterError
 
 
 class LibraryLayer(HandWrittenLoRA):
-    """A layer that is described here, so that its users need not do it."""
+    """A library's layer, which we describe so that its users need not."""
 
     MARKERS: ClassVar[tuple[str, ...]] = ()
     """Attributes that layers of this type have."""
 
     @classmethod
     def parts_of(cls, module: Any) -> Registration | None:
-        """Where the module keeps its parts; None if it is of another type."""
+        """Where the module keeps its parts. None if it is of another type."""
         raise NotImplementedError
 
     @classmethod
@@ -40,7 +40,7 @@ class LibraryLayer(HandWrittenLoRA):
 
 
 class LoralibLinear(LibraryLayer):
-    """A Linear with A and B as its own parameters, as loralib has it and many write it."""
+    """A Linear with A and B as its own parameters, as in loralib and in much hand-written code."""
 
     MARKERS = ("weight", "lora_A", "lora_B", "scaling")
 
@@ -57,7 +57,7 @@ class LoralibLinear(LibraryLayer):
 
 
 class LoralibMergedLinear(LibraryLayer):
-    """loralib's LoRA on some of the slices of a fused projection."""
+    """loralib's LoRA on some slices of a fused projection."""
 
     MARKERS = ("weight", "lora_A", "lora_B", "scaling", "enable_lora", "merge_AB")
 
@@ -72,7 +72,7 @@ class LoralibMergedLinear(LibraryLayer):
 
 
 class LoralibEmbedding(LibraryLayer):
-    """loralib's Embedding: a row is what the layer outputs for one token."""
+    """loralib's Embedding: a row of the weight is one token's output."""
 
     MARKERS = ("weight", "lora_A", "lora_B", "scaling")
 
@@ -84,7 +84,7 @@ class LoralibEmbedding(LibraryLayer):
 
 
 class LoralibConvolution(LibraryLayer):
-    """loralib's convolutions, which read the weight of the one inside."""
+    """loralib's convolutions, which read the weight of a convolution inside."""
 
     MARKERS = ("conv", "lora_A", "lora_B", "scaling")
 
@@ -100,7 +100,7 @@ class LoralibConvolution(LibraryLayer):
 
 
 class LitgptLinear(LibraryLayer):
-    """LitGPT's LoRALinear, and LoRAQKVLinear on some of the slices of a fused projection."""
+    """LitGPT's LoRALinear, and LoRAQKVLinear on some slices of a fused projection."""
 
     MARKERS = ("linear", "lora_A", "lora_B", "scaling", "get_lora_AB")
 
@@ -198,9 +198,9 @@ class KerasDense(LibraryLayer):
     def parts_of(cls, module: Any) -> Registration | None:
         kernel = module._kernel
         if len(kernel.shape) != 2 or not hasattr(module, "units"):
-            raise UnsupportedAdapterError(f"of Keras' layers only Dense is known, no {type(module).__name__}")
+            raise UnsupportedAdapterError(f"of Keras' layers we know only Dense, no {type(module).__name__}")
         return Registration(
-            f"_torch_params.{kernel.path}",
+            f"torch_params.{kernel.path}",
             delta=_keras_product,
             parameters=("lora_kernel_a.value", "lora_kernel_b.value"),
             transposed=True,
@@ -208,7 +208,7 @@ class KerasDense(LibraryLayer):
 
 
 def check_keras(model: nn.Module) -> None:
-    """Raises ValueError for a model of Keras 3 with LoRA, which keeps its layers to itself."""
+    """Raises ValueError for a Keras 3 model with LoRA, whose layers torch can't see."""
     for module in model.modules():
         if hasattr(module, "_flatten_layers"):
             layers = module._flatten_layers(include_self=False)  # type: ignore[operator]
@@ -250,4 +250,4 @@ LIBRARIES: list[type[Target]] = [
     AdapterHubLinear,
     KerasDense,
 ]
-"""The more special before those whose attributes they have, too."""
+"""Specific types come first: a general type would match their layers, too."""

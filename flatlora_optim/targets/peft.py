@@ -18,7 +18,7 @@ class PeftLoRA(Target):
     """PEFT's LoRA on Linear, ``Conv1D``, convolution or Embedding, dense or quantized."""
 
     VARIANTS: ClassVar[tuple[str, ...]] = ("ALora", "Dora", "MiCA", "Velora", "_Dora")
-    """Those whose forward adds ``B @ A``, at least to a part of the tokens."""
+    """Variants whose forward adds ``B @ A``, at least for some of the tokens."""
 
     @classmethod
     def match(cls, name: str, module: nn.Module) -> Target | None:
@@ -27,9 +27,9 @@ class PeftLoRA(Target):
         if hasattr(module, "lora_E"):
             return None
         computes = getattr(module.__dict__.get("forward"), "__self__", module)
-        if computes is not module:  # X-LoRA weighs the adapters anew for each token
+        if computes is not module:  # X-LoRA mixes the adapters differently for each token
             raise UnsupportedAdapterError(
-                f"{type(computes).__name__} computes in place of PEFT's own forward, so that there may be no "
+                f"{type(computes).__name__} computes in place of PEFT's own forward, so there may be no "
                 "single merged weight"
             )
         owner = innermost_base_layer(module)
@@ -68,7 +68,7 @@ class PeftLoRA(Target):
                     yield part
                 elif "parametrizations" in part._modules:
                     yield from part.parameters()
-                else:  # as fast as can be, for it is asked for at each step
+                else:  # the fastest way, since this runs at each step
                     yield from (parameter for parameter in part._parameters.values() if parameter is not None)
 
     def delta(self) -> LowRank | Tensor | None:
@@ -78,7 +78,7 @@ class PeftLoRA(Target):
         scaling = float(self.layer.scaling[adapter])
         a, b = factor_of(a, self.weight.device), factor_of(b, self.weight.device)
         if adapter in getattr(self.layer, "lora_embedding_A", ()):
-            # Stored (tokens, dim) = A.T @ B.T: a row is what the layer outputs for one token.
+            # The weight is stored (tokens, dim), and A.T @ B.T, too: a row is one token's output.
             return self.low_rank(a.T, b.T, scaling)
         return self.low_rank(b.flatten(1), a.flatten(1), scaling)
 
@@ -95,12 +95,12 @@ class PeftParameter(PeftLoRA):
         if parameter is None or not is_plain(parameter) or not parameter.is_contiguous():
             raise UnsupportedAdapterError(
                 f"{parameter_name} of {type(owner).__name__} is packed, sharded or not contiguous, and PEFT "
-                "makes it anew in each forward: load it in 16 or 32 bits, one whole copy on each process, or "
+                "computes it in each forward: load it in 16 or 32 bits, one whole copy on each process, or "
                 "adapt other layers"
             )
         if type(owner).__name__ == "Conv1D":
             raise UnsupportedAdapterError("its axes are swapped; adapt the layer by `target_modules` instead")
-        # Where PEFT has not swapped them, experts are stored (inputs, outputs).
+        # Unless PEFT has swapped the features, experts are stored (inputs, outputs).
         is_transposed = parameter.ndim == 3 and not is_set(module, "_did_swap_in_out_features")
         target = cls(name, module, owner, ExpertsWeight(owner, parameter_name, is_transposed))
         target.computes = module.base_layer  # type: ignore[assignment]
@@ -116,9 +116,9 @@ class PeftParameter(PeftLoRA):
 
 
 class PeftAdditive(Target):
-    """PEFT's other adapters that add ``get_delta_weight(adapter)``, as AdaLoRA, LoHa and VeRA.
+    """PEFT's other adapters that add ``get_delta_weight(adapter)``, such as AdaLoRA, LoHa and VeRA.
 
-    Their delta has no cheap row norms, so it is made as a whole, one layer at a time.
+    Their row norms are not cheap: the whole delta is computed, one layer at a time.
     """
 
     MARKERS: ClassVar[tuple[str, ...]] = (
@@ -143,7 +143,7 @@ class PeftAdditive(Target):
         "psoft_R",
         "miss_block",
     )
-    """What holds something for each adapter, by which the method is known."""
+    """The attribute that tells each method. It has an entry for each adapter."""
 
     @classmethod
     def match(cls, name: str, module: nn.Module) -> Target | None:
@@ -178,7 +178,7 @@ class PeftAdditive(Target):
 
 
 def unknown_method(module: nn.Module) -> str | None:
-    """Why an adapter layer of PEFT that no type takes has no noise; None if it is no such layer."""
+    """Why a PEFT layer of no known type has no noise. None if the module is no PEFT layer."""
     if not has(module, "base_layer", "active_adapters", "adapter_layer_names"):
         return None
     _, *path = type(module).__module__.split(".")
@@ -190,7 +190,7 @@ def _lora_pairs(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """A and B of each adapter, as modules or parameters."""
     pairs: dict[str, tuple[Any, Any]] = {}
     for a_name, b_name in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
-        # nn.Module's own lookup is slow, and this is asked for at each step.
+        # nn.Module's own lookup is slow, and this runs at each step.
         a, b = module._modules.get(a_name), module._modules.get(b_name)
         if isinstance(a, (nn.ModuleDict, nn.ParameterDict)) and isinstance(
             b, (nn.ModuleDict, nn.ParameterDict)
@@ -206,7 +206,7 @@ def _is_transposed(layer: nn.Module, owner: nn.Module) -> bool:
 
 @torch.no_grad()
 def _sum_of_deltas(target: Target, adapters: Iterable[str]) -> Tensor | None:
-    """The dense products that PEFT itself makes, in the weight's stored shape."""
+    """The sum of the dense products that PEFT itself computes, in the weight's stored shape."""
     total: Tensor | None = None
     layer, training = target.layer, target.layer.training
     try:

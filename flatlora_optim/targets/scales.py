@@ -5,14 +5,14 @@
 
 ``||W'[i]||^2 = ||W[i]||^2 + 2 <B[i], (W A^T)[i]> + B[i] (A A^T) B[i]^T``
 
-with s folded into B. The first term is constant and kept; the rest costs one pass over W. Native
-kernels round A and s B to bfloat16 for it, where the weight is not transposed.
+with s folded into B. The first term is constant and kept; the rest costs one pass over W. If the weight is
+not transposed, native kernels round A and s B to bfloat16 for it.
 
-A quantized W has to be dequantized for that pass. So its norms are kept for as long as s B A stays near
-where it was: as ``| ||W'[i]|| - ||W'old[i]|| | <= ||(W' - W'old)[i]||``, the norms are off by no more than
-the adapter has moved, in the root mean square over the rows. How far it has moved is told from a sketch,
-``P.T @ (s B A) @ Q`` with Gaussian P and Q of 8 columns: each element of what the sketch moves by has the
-squared Frobenius norm of what ``s B A`` moves by as its expected square.
+A quantized W must be dequantized for that pass. So its norms are kept while s B A stays near its old value:
+as ``| ||W'[i]|| - ||W'old[i]|| | <= ||(W' - W'old)[i]||``, the norms are off by no more than
+the adapter has moved, in the root mean square over the rows. A sketch measures how far that is:
+``P.T @ (s B A) @ Q``, with Gaussian P and Q of 8 columns. If ``s B A`` moves by D, each element of the sketch
+moves by a number whose expected square is ``||D||^2`` (Frobenius).
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from .weights import DenseWeight, FrozenWeight
 
 _ELEMENTS_AT_ONCE = 1 << 24
 _TOLERANCE = 0.01
-"""How far an adapter may move, relative to W', before the norms on a quantized weight are read anew."""
+"""How far an adapter may move, relative to W', before a quantized weight's norms are read again."""
 _SKETCH = 8
 
 
 class RowNorms:
     """The norms of the merged weight's rows, for one target.
 
-    Holds ``||W[i]||^2`` (m numbers) for as long as the frozen weight stays what it was.
+    Holds ``||W[i]||^2`` (m numbers) until the frozen weight changes.
     """
 
     def __init__(self, target: Target) -> None:
         self.target = target
         self.kept: Tensor | None = None
-        """Of a quantized weight: ``||W'[i]||^2`` as they were last read, and that adapter's sketch, flat."""
+        """For a quantized weight: ``||W'[i]||^2`` as last read, and the adapter's sketch then, flat."""
         self._base: Tensor | None = None
         self._fingerprint: tuple[Any, ...] | None = None
 
     def base_squared(self) -> Tensor:
-        """``||W[i]||^2``, shape ``(m,)``; of a sharded weight, what the local part adds to it."""
+        """``||W[i]||^2``, shape ``(m,)``. For a sharded weight, the local part's share of it."""
         fingerprint = self.target.weight.fingerprint()
         if self._base is None or self._fingerprint != fingerprint:
             if self._base is not None:
@@ -64,21 +64,21 @@ class RowNorms:
         return self.target.weight.rows + _SKETCH**2
 
     def kept_or_unknown(self) -> Tensor:
-        """NaNs are near nothing."""
+        """``kept``, or NaNs, which no sketch is near."""
         return torch.full((self.kept_size,), math.nan) if self.kept is None else self.kept
 
     def forget_if_changed(self) -> None:
-        """To be called before the weight is written: afterwards it can't be told any more."""
+        """Call this before the weight is written: afterwards nobody can see whether it had changed."""
         if self._fingerprint != self.target.weight.fingerprint():
             self._fingerprint = None
 
     def rewritten(self) -> None:
-        """The weight was written, but with the bits it had: what is known of it stays true."""
+        """Call this if the weight was written with the bits it had: the norms stay valid."""
         if self._fingerprint is not None:
             self._fingerprint = self.target.weight.fingerprint()
 
     def squared_with(self, delta: Tensor) -> Tensor:
-        """``||W'[i]||^2``, where W' is by so much more than W. Of the stored shape."""
+        """``||W'[i]||^2`` for ``W' = W + delta``, with delta in the stored shape."""
         weight = self.target.weight
         products = delta.flatten(1).square().sum(1 if weight.row_dim == 0 else 0)
         partial = self.base_squared() + 2 * weight.row_dots(delta)
@@ -87,9 +87,9 @@ class RowNorms:
 
 @torch.no_grad()
 def merged_norms(rows: Sequence[RowNorms]) -> list[Tensor | None]:
-    """``||W'[i]||`` of each target, shape ``(m,)``, float32; None where no adapter is active.
+    """``||W'[i]||`` of each target, shape ``(m,)``, float32. None if no adapter is active.
 
-    Many weights are read at once, since few are large enough to keep all threads busy.
+    Many weights are read at once, because few are large enough to keep all threads busy.
     """
     norms: list[Tensor | None] = []
     with ExitStack() as stack:
@@ -135,7 +135,7 @@ def _read(kind: type[FrozenWeight], rows: Sequence[RowNorms], deltas: Sequence[L
 def _kept_or_read(
     kind: type[FrozenWeight], rows: Sequence[RowNorms], deltas: Sequence[LowRank]
 ) -> list[Tensor]:
-    """The same, with a pass only over those whose adapter has moved by more than the tolerance."""
+    """``_read``, but only for weights whose adapter has moved by more than the tolerance."""
     sketches = [_sketch(delta) for delta in deltas]
     far = [i for i, near in enumerate(_are_near(rows, sketches)) if not near]
     if far:
@@ -146,9 +146,9 @@ def _kept_or_read(
 
 
 def _are_near(rows: Sequence[RowNorms], sketches: Sequence[Tensor]) -> list[bool]:
-    """Whether each adapter is within the tolerance of what it was when the norms were read."""
+    """Whether each adapter is within the tolerance of its value when the norms were read."""
     for each in rows:
-        each.base_squared()  # forgets what was kept of another weight
+        each.base_squared()  # forgets the kept norms if the weight has changed
     kept = [each.kept for each in rows]
     known = [each for each in kept if each is not None]
     if not known:
@@ -178,8 +178,8 @@ def _projection(size: int, device: torch.device) -> Tensor:
 
 
 def _batches(rows: Sequence[RowNorms]) -> Iterator[Sequence[RowNorms]]:
-    """Runs of weights small enough that the adapters' values in float32 don't count: only the kernels of
-    accelerators read them as they are."""
+    """Runs of weights whose adapters take little memory in float32. (Kernels of accelerators need no such
+    copy.)"""
     first = elements = 0
     for end, each in enumerate(rows, start=1):
         if each.target.weight.device.type == "cpu":

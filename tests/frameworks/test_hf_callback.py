@@ -246,6 +246,8 @@ def test_logs_sigma_and_norm_to_reporters_and_history_at_logging_steps(tmp_path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FlatLoRAOptimizer, "metrics", lambda self: measured.append(0) or metrics(self))
         trainer.train()
+    assert "FlatLoRACallback: FlatLoRAOptimizer(\n  perturbed:" in repr(callback)
+    assert "step 6 of 6" in repr(callback)
     logged = [entry for entry in reporter.received if "loss" in entry]
     assert [entry["flatlora/sigma"] for entry in logged] == pytest.approx([cosine(1), cosine(3), cosine(5)])
     assert all(entry["flatlora/noise_norm"] > 0 for entry in logged)

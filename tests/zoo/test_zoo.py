@@ -268,7 +268,7 @@ def test_lycoris_refused(algorithm: str) -> None:
     model = Net().requires_grad_(False)
     network = lycoris_on(model, algorithm, block_size=1)
     base = torch.optim.SGD(network.parameters(), lr=0.1)
-    message = f"fc: {REFUSED[algorithm]}.* adds no product that is known here; LoRA, LoCon, LoHa and LoKr do"
+    message = f"fc: {REFUSED[algorithm]}.* adds no product that we know; LoRA, LoCon, LoHa and LoKr do"
     with pytest.raises(ValueError, match=message):
         FlatLoRAOptimizer(base, model, sigma=SIGMA, schedule="constant")
     with pytest.raises(ValueError, match="LycorisNetwork adapts the layers of another model"):
@@ -461,6 +461,51 @@ def test_keras() -> None:
     torch.testing.assert_close(drawn.scales, SIGMA * merged.norm(dim=0) / 4, rtol=0.01, atol=0)
     assert noise.any()
     optimizer.step()
+
+
+def test_keras_fit_with_a_train_step_of_ones_own() -> None:
+    keras = pytest.importorskip("keras")
+
+    class Model(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.top = keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(2)
+
+        def call(self, x: Any) -> Any:
+            return self.top(self.hidden(x))
+
+        def train_step(self, data: Any) -> dict[str, Any]:
+            x, y = data
+            with optimizer.perturbed():
+                noisy.extend(
+                    not torch.equal(kernel, frozen) for kernel, frozen in zip(kernels, clean, strict=True)
+                )
+                loss = self.compute_loss(x, y, self(x, training=True))
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+            return {"loss": loss}
+
+    x, y = torch.randn(32, 6), torch.randn(32, 2)
+    model, noisy, losses = Model(), [], []
+    model(x)
+    for layer in (model.hidden, model.top):
+        layer.enable_lora(2)
+    model.compile(loss="mse")
+    layers = nn.ModuleList(
+        [layer for layer in model._flatten_layers() if getattr(layer, "lora_enabled", False)]
+    )
+    kernels = [layer._kernel.value for layer in layers]
+    clean = [kernel.detach().clone() for kernel in kernels]
+    base = torch.optim.AdamW([variable.value for variable in model.trainable_variables], lr=1e-2)
+    optimizer = FlatLoRAOptimizer(base, layers, sigma=SIGMA, schedule="constant", auto=False)
+    model.fit(x.numpy(), y.numpy(), epochs=10, batch_size=8, verbose=0)
+    assert len(noisy) == 2 * 40
+    assert all(noisy)
+    assert optimizer.step_count == 40
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert all(torch.equal(kernel, frozen) for kernel, frozen in zip(kernels, clean, strict=True))
 
 
 def test_keras_around_a_torch_module() -> None:
