@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from flatlora_optim import FlatLoRAOptimizer, register
+from flatlora_optim import FlatLoRAOptimizer, NoiseKey, register
 
 NORM_ERROR = 5e-4
 """How exact row norms are in the tests: native kernels round the factors of an adapter to bfloat16."""
@@ -157,6 +157,17 @@ def flatlora(
     """The optimizer under test, with constant noise that is easy to see unless told otherwise."""
     options = {"sigma": 0.1, "schedule": "constant", "seed": 1, **options}
     return FlatLoRAOptimizer(base(trainable(model), lr=lr), model, **options)
+
+
+def scales_of(optimizer: FlatLoRAOptimizer, index: int = 0) -> Tensor:
+    """The standard deviation of this step's noise in each row of a weight.
+
+    Drawn anew: noise of low rank lets go of it.
+    """
+    sigmas = [sigma * optimizer._factor for sigma in optimizer._sigmas(optimizer.targets)]
+    noise = optimizer._weights.draw(NoiseKey(optimizer.seed, optimizer.step_count), sigmas)[index]
+    assert noise is not None
+    return noise.scales
 
 
 def train(model: nn.Module, optimizer: FlatLoRAOptimizer, steps: range) -> list[float]:
