@@ -262,13 +262,15 @@ def markdown(results: dict[str, Any]) -> str:
     if NORMS in results:
         found = results[NORMS]
         text += (
-            f"\n\n## Norms of quantized weights\n\nSmolLM2-135M in NF4, {found['steps']} steps of AdamW, commit "
-            f"{found['commit']}. **Reads**: in how many of the steps a weight was read for its norms. **Error**: "
-            "of the norms in use, in the root mean square over a weight's rows; the tolerance is 1 %.\n\n"
+            f"\n\n## Norms of quantized weights\n\nSmolLM2-135M in NF4, {found['steps']} steps of AdamW, "
+            f"commit {found['commit']}. **Reads**: in how many of the steps a weight was read for its norms. "
+            "**Error**: of the norms in use, in the root mean square over a weight's rows; the tolerance is "
+            "1 %.\n\n"
             "| learning rate | reads | most of any weight | error | largest |\n|---|---|---|---|---|\n"
         )
         for run in found["runs"]:
-            text += f"| {run['lr']} | {run['reads']:.1f} | {run['most']} | {run['mean']:.2%} | {run['largest']:.2%} |\n"
+            text += f"| {run['lr']} | {run['reads']:.1f} | {run['most']} | {run['mean']:.2%} "
+            text += f"| {run['largest']:.2%} |\n"
     return text
 
 
