@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from flatlora_optim import FlatLoRAOptimizer, NoiseKey, register
+from flatlora_optim import FlatLoRAOptimizer, register
+from flatlora_optim.noise import FactoredNoise
 
 NORM_ERROR = 5e-4
 """How exact row norms are in the tests: native kernels round the factors of an adapter to bfloat16."""
@@ -159,14 +160,15 @@ def flatlora(
     return FlatLoRAOptimizer(base(trainable(model), lr=lr), model, **options)
 
 
-def scales_of(optimizer: FlatLoRAOptimizer, index: int = 0) -> Tensor:
-    """The standard deviation of this step's noise in each row of a weight.
+def scales_of(optimizer: FlatLoRAOptimizer) -> Tensor:
+    """The standard deviation of this step's noise in each row of the first weight.
 
-    Drawn anew: noise of low rank lets go of it.
+    Noise of low rank has let go of it, but its weight is clean: drawn anew, it is the same.
     """
-    sigmas = [sigma * optimizer._factor for sigma in optimizer._sigmas(optimizer.targets)]
-    noise = optimizer._weights.draw(NoiseKey(optimizer.seed, optimizer.step_count), sigmas)[index]
-    assert noise is not None
+    (noise, *_) = optimizer._noises
+    if isinstance(noise, FactoredNoise):
+        sigmas = [sigma * optimizer._factor for sigma in optimizer._sigmas(optimizer.targets)]
+        (noise, *_) = optimizer._weights.draw(noise.key, sigmas)
     return noise.scales
 
 
