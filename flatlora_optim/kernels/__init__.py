@@ -56,8 +56,8 @@ class Kernels(Protocol):
         """A number for each weight on one device, which changes with any of a few elements."""
         ...
 
-    def norm_increases(self, products: Sequence[Product]) -> list[Tensor]:
-        """``||(W + scaling * left @ right)[i]||^2 - ||W[i]||^2`` of each, shape ``(m,)``, float32.
+    def squared_norms(self, products: Sequence[Product]) -> list[Tensor]:
+        """``||(W + scaling * left @ right)[i]||^2`` of each, shape ``(m,)``, float32.
 
         The weights are on one device. Each takes one pass over it. Native code and Triton round both
         factors to bfloat16 for it.

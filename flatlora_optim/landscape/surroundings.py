@@ -108,7 +108,7 @@ class Surroundings:
 
     def difference(self, key: NoiseKey, step: float) -> float:
         """``v'Hv`` of random signs v, by second differences."""
-        squared = sum(float(norms.double().square().sum()) for norms in self.norms)
+        squared = sum(float(norms.norm()) ** 2 for norms in self.norms)
         h = step * math.sqrt(squared / sum(t.weight.shape.numel() for t in self.targets))
         plus, minus = self.loss(self.signs(key, h)), self.loss(self.signs(key, -h))
         return (plus + minus - 2 * self.at_minimum) / h**2
@@ -265,4 +265,8 @@ def _scaled(noise: Noise, factor: float) -> Noise:
 
 
 def dot(a: Vector, b: Vector) -> float:
-    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
+    total = 0.0
+    for x, y in zip(a, b, strict=True):
+        dtype = torch.float32 if x.device.type == "mps" else torch.float64  # which MPS does not know
+        total += float((x.to(dtype) * y.to(dtype)).sum())
+    return total

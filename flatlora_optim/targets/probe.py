@@ -68,7 +68,7 @@ def complaint_of(target: Target) -> str | None:
         tolerance += _rounding(added, weight.tensor)
     if tolerance > 0.5:
         return None  # rounding would hide it
-    actual, expected = (output - other).double().flatten(), expected.double().flatten()
+    actual, expected = _widened(output - other).flatten(), _widened(expected).flatten()
     if actual.shape != expected.shape or not (actual.isfinite().all() and expected.isfinite().all()):
         return None
     return _difference(actual, expected, tolerance)
@@ -76,8 +76,13 @@ def complaint_of(target: Target) -> str | None:
 
 def _rounding(change: Tensor, whole: Tensor) -> float:
     """What rounding of the whole may do to a change of it, relative to the change."""
-    size = change.double().norm().clamp(1e-30)
-    return 4 * torch.finfo(whole.dtype).eps * float(whole.double().norm() / size)
+    size = _widened(change).norm().clamp(1e-30)
+    return 4 * torch.finfo(whole.dtype).eps * float(_widened(whole).norm() / size)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """In float32 at least; some devices know nothing wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _are_close(one: Tensor, other: Tensor, whole: Tensor) -> bool:

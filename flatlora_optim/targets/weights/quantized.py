@@ -206,9 +206,6 @@ class OpaqueWeight(FrozenWeight):
     def project(self, right: Tensor) -> Tensor:
         return self._apply(right.clone()).T  # it may be the adapter's own memory, and the forward write to it
 
-    def row_dots(self, other: Tensor) -> Tensor:
-        raise NotImplementedError("row_dots needs a weight that can be dequantized")
-
     def identity(self) -> Hashable:
         return id(self.layer)
 
