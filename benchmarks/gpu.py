@@ -216,6 +216,10 @@ def engine() -> Record:
         published.restore()
 
     seconds = interleave({"copy": copy, "ours": ours, "transcription": transcribed}, ROUNDS, DEVICE)
+    optimizer = flatlora(model, noise="low_rank")
+    optimizer.perturb()
+    optimizer.step()
+    counts["perturb, low rank"] = _launches(optimizer.perturb) | {"waits": None}
     return {
         "kernels": kernels_of(weights[0].device).name,
         "weights": len(weights),
@@ -322,6 +326,7 @@ def steps() -> Record:
     variants = {
         "plain LoRA": training.plain,
         "ours": training.ours(),
+        "ours, low rank": training.ours(noise="low_rank"),
         "transcription": training.transcription,
         "SAM": training.sam,
     }

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from flatlora_optim.kernels import jit
 from flatlora_optim.kernels import triton as kernels
 
-KERNELS = ("perturb", "restore", "norms", "probe", "fill")
+KERNELS = ("perturb", "restore", "norms", "checksum", "fill")
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 BARS = {"perturb": 90, "restore": 80}
 
@@ -57,7 +57,7 @@ def compiled(kernel: str, dtype: str, capability: int, regular: bool = False) ->
         constants |= {"RANK": 16, "IS_ONE": regular, "TRANSPOSED": False}
         constants |= {"ROWS": kernels._ROWS, "COLUMNS": kernels._COLUMNS}
         options = {"num_warps": kernels._NORM_WARPS}
-    elif kernel == "probe":
+    elif kernel == "checksum":
         arguments, constants, options = {"table": "*i64", "out": "*i64"}, {}, {"num_warps": 1}
     else:
         arguments = {"out": "*fp32", "numel": "i32"} | words | {"block": "i32"}

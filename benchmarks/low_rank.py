@@ -16,7 +16,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from flatlora_optim import FlatLoRAOptimizer, LowRankNoise
+from flatlora_optim.perturbation import LowRankPerturbation
 from layers import trainable
 from measure import commit
 
@@ -31,6 +32,8 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "examples"))
 
 FULL = "full"
+NORMS = "norms"
+LEARNING_RATE = 2e-4
 RANKS = (1, 2, 4, 8, 16)
 SIGMAS = (0.05, 0.2, 0.4)
 
@@ -52,7 +55,9 @@ class Subject(NamedTuple):
 def minilm() -> Subject:
     import sentiment
 
-    return _of_task(sentiment.Task(), 64)
+    task = sentiment.Task()
+    task.batch = 4
+    return _of_task(task, 64)
 
 
 def _of_task(task: Any, draws: int) -> Subject:
@@ -71,7 +76,7 @@ def smollm2() -> Subject:
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     text = "\n".join(sentence for sentence, _ in sentiment.sentences("movies"))
     ids = tokenizer(text[:100_000], return_tensors="pt").input_ids[0]
-    pieces = ids[: len(ids) // 128 * 128].view(-1, 1, 128)
+    pieces = ids[: len(ids) // 32 * 32].view(-1, 1, 32)
     model = training.with_lora(training.smollm2())
     return Subject(
         model,
@@ -87,7 +92,7 @@ def smollm2() -> Subject:
 def vit() -> Subject:
     import digits
 
-    return _of_task(digits.Task(), 512)
+    return _of_task(digits.Task(), 400)
 
 
 SUBJECTS = {"MiniLM": minilm, "SmolLM2-135M": smollm2, "ViT": vit}
@@ -104,7 +109,7 @@ def measure(subject: Subject, draws: int, ranks: Iterable[int]) -> dict[str, Any
         adam.zero_grad()
     model.eval()
     clean, gradient = _loss_and_gradient(subject)
-    records = []
+    scale, records = float(gradient.norm()), []
     for sigma in SIGMAS:
         full: dict[str, Any] | None = None
         for noise in ("gaussian", *map(LowRankNoise, ranks)):
@@ -121,23 +126,30 @@ def measure(subject: Subject, draws: int, ranks: Iterable[int]) -> dict[str, Any
                     "noise": FULL if noise == "gaussian" else f"rank {noise.rank}",
                     "increase": increases.mean().item(),
                     "error": increases.std().item() / math.sqrt(draws),
-                    "deviation": losses.std().item(),
+                    "deviation": _root((losses - losses.mean()).square().mean(1)),
                     "largest": losses.max().item(),
-                    "gradient": float(found["mean"].norm() / gradient.norm()),
+                    "gradient": float(found["mean"].norm()) / scale,
                     "apart": apart / expected if found is not full else 0.0,
-                    "spread": found["noise"] / float(gradient.norm()),
+                    "spread": [value / scale for value in _root(found["noise"])],
                 }
             )
             print(f"  sigma {sigma}, {records[-1]['noise']}", flush=True)
     return {"loss": clean, "draws": draws, "records": records, "commit": commit()}
 
 
+def _root(squares: Tensor) -> list[float]:
+    """The root of their mean, and its standard error."""
+    root = math.sqrt(squares.mean().item())
+    return [root, squares.std().item() / math.sqrt(len(squares)) / (2 * root)]
+
+
 def _draws(subject: Subject, noise: str | LowRankNoise, sigma: float, draws: int) -> dict[str, Any]:
-    """Losses, shape ``(draws, 2)``; the mean gradient; roots of the total variance of a pair and of one."""
+    """Losses, shape ``(draws, 2)``; the mean gradient; the root of the total variance of a pair's mean; the
+    squared distances of single ones, shape ``(draws,)``."""
     base = torch.optim.SGD(trainable(subject.model), lr=0.0)
-    options: dict[str, Any] = {"schedule": "constant", "auto": False, "noise": noise}
+    options: dict[str, Any] = {"schedule": "constant", "auto": False, "noise": noise, "restore": "snapshot"}
     optimizer = FlatLoRAOptimizer(base, subject.model, sigma=sigma, **options)
-    losses, sums, singles = [], [torch.zeros(()), torch.zeros(())], 0.0
+    losses, halves, sums = [], [], [torch.zeros(()), torch.zeros(())]
     for k in range(draws):
         optimizer.step_count = k
         pair = []
@@ -145,20 +157,28 @@ def _draws(subject: Subject, noise: str | LowRankNoise, sigma: float, draws: int
             with optimizer.perturbed():
                 pair.append(_loss_and_gradient(subject))
             # What is odd in the noise, and most of the variance, cancels in the mean of eps and -eps.
-            optimizer._noises = [noise and noise.negated() for noise in optimizer._noises or ()]
+            _negate(optimizer)
         losses.append([loss for loss, _ in pair])
         both = (pair[0][1] + pair[1][1]) / 2
+        halves.append(float((pair[0][1] - pair[1][1]).square().sum()) / 4)
         sums = [sums[0] + both, sums[1] + both.square()]
-        singles += sum(float(gradient.square().sum()) for _, gradient in pair) / 2
     optimizer.close()
     mean = sums[0] / draws
-    spread = float((sums[1] / draws - mean.square()).sum()) * draws / (draws - 1)
+    spread = max(float((sums[1] / draws - mean.square()).sum()) * draws / (draws - 1), 0.0)
     return {
         "losses": torch.tensor(losses, dtype=torch.float64),
         "mean": mean,
-        "spread": math.sqrt(max(spread, 0.0)),
-        "noise": math.sqrt(max(singles / draws - float(mean.square().sum()), 0.0)),
+        "spread": math.sqrt(spread),
+        "noise": torch.tensor(halves, dtype=torch.float64) + spread,
     }
+
+
+def _negate(optimizer: FlatLoRAOptimizer) -> None:
+    for perturbation in optimizer._weights.perturbations:
+        if isinstance(perturbation, LowRankPerturbation):
+            perturbation.left.neg_()
+    if not isinstance(optimizer._weights.perturbations[0], LowRankPerturbation):
+        optimizer._noises = [noise and noise.negated() for noise in optimizer._noises or ()]
 
 
 def _loss_and_gradient(subject: Subject) -> tuple[float, Tensor]:
@@ -167,30 +187,95 @@ def _loss_and_gradient(subject: Subject) -> tuple[float, Tensor]:
     return loss.item(), torch.cat([gradient.flatten() for gradient in gradients])
 
 
+def norms(steps: int) -> dict[str, Any]:
+    """How often the norms of quantized weights are read in a run, and how far off the kept ones are."""
+    import training
+
+    subject = smollm2()
+    model = training.with_lora(training.in_nf4(subject.model.unload()))
+    base = torch.optim.AdamW(trainable(model), lr=LEARNING_RATE)
+    optimizer = FlatLoRAOptimizer(base, model, sigma=0.05, total_steps=steps)
+    reads, errors = [0] * len(optimizer.targets), []
+    for number, ids in enumerate(islice(cycle([subject.batch, *subject.batches]), steps)):
+        before = [rows.kept for rows in optimizer._weights.norms]
+        subject.loss(model, ids).backward()
+        kept = [rows.kept for rows in optimizer._weights.norms]
+        reads = [n + (new is not old) for n, new, old in zip(reads, kept, before, strict=True)]
+        if number % 20 == 19:
+            with torch.no_grad():
+                for rows, squared in zip(optimizer._weights.norms, kept, strict=True):
+                    assert squared is not None
+                    weight, delta = rows.target.weight, rows.target.delta()
+                    merged = weight.dense(torch.float32) + rows.target.as_stored(delta)
+                    true, ours = merged.norm(dim=1), squared[: weight.rows].sqrt()
+                    errors.append(float((ours - true).norm() / true.norm()))
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.close()
+    found = torch.tensor(errors)
+    return {
+        "steps": steps,
+        "reads": sum(reads) / len(reads),
+        "most": max(reads),
+        "mean": found.mean().item(),
+        "largest": found.max().item(),
+        "commit": commit(),
+    }
+
+
 def markdown(results: dict[str, Any]) -> str:
     text = (
         "# Low-rank noise beside full noise\n\n"
         "Written by `benchmarks/low_rank.py`. Each model has a LoRA that has learned a little; loss and "
-        "gradient (in A and B) of one batch, over draws of the noise, each with both signs. **Increase**: of "
-        "the loss over that at W, ± standard error. **Deviation**, **largest**: of single draws. **Mean "
+        "gradient (in A and B) of one batch, over draws of the noise, each with both signs; ± is a standard "
+        "error. **Increase**: of the loss over that at W. **From full**: how far it is from that under full "
+        "noise, in standard errors of the difference. **Deviation**, **largest**: of single draws. **Mean "
         "gradient**: its norm, relative to the gradient at W. **Apart**: how far it is from that under full "
         "noise, in units of what two samples from one distribution differ by: 1 is none, 1.4 would be a "
         "difference as large as the sampling error. **Gradient noise**: the root of the total variance, "
         "relative to the norm of the gradient at W."
     )
-    for name, found in results.items():
+    models = {name: found for name, found in results.items() if name != NORMS}
+    far = [abs(r["from"]) > 2 for found in models.values() for r in _compared(found)]
+    text += (
+        f"\n\nOf {len(far)} increases, {sum(far)} are more than two standard errors from that under full "
+        f"noise; chance alone would let {0.0455 * len(far):.1f} be."
+    )
+    for name, found in models.items():
         text += f"\n\n## {name}\n\nLoss at W {found['loss']:.4f}, {found['draws']} draws, "
         text += f"commit {found['commit']}.\n\n"
-        text += "| σ | noise | increase | deviation | largest | mean gradient | apart | gradient noise |\n"
-        text += "|---|---|---|---|---|---|---|---|\n"
+        text += "| σ | noise | increase | from full | deviation | largest | mean gradient | apart "
+        text += "| gradient noise |\n|---|---|---|---|---|---|---|---|---|\n"
+        compared = {(r["sigma"], r["noise"]): r["from"] for r in _compared(found)}
         for r in found["records"]:
-            apart = f"{r['apart']:.2f}" if r["noise"] != FULL else ""
+            distance = compared.get((r["sigma"], r["noise"]))
+            apart = "" if distance is None else f"{r['apart']:.2f}"
             text += (
                 f"| {r['sigma']} | {r['noise']} | {r['increase']:+.5f} ± {r['error']:.5f} "
-                f"| {r['deviation']:.5f} | {r['largest']:+.4f} | {r['gradient']:.3f} | {apart} "
-                f"| {r['spread']:.3f} |\n"
+                f"| {'' if distance is None else f'{distance:+.1f}'} "
+                f"| {r['deviation'][0]:.5f} ± {r['deviation'][1]:.5f} | {r['largest']:+.4f} "
+                f"| {r['gradient']:.3f} | {apart} | {r['spread'][0]:.3f} ± {r['spread'][1]:.3f} |\n"
             )
+    if NORMS in results:
+        found = results[NORMS]
+        text += (
+            f"\n\n## Norms of quantized weights\n\nSmolLM2-135M in NF4, {found['steps']} steps of AdamW at a "
+            f"learning rate of {LEARNING_RATE}, commit {found['commit']}. A weight's norms were read in "
+            f"{found['reads']:.1f} of them (at most {found['most']}), and were off by {found['mean']:.2%} in "
+            f"the root mean square over a weight's rows, by {found['largest']:.2%} at most; the tolerance is "
+            "1 %.\n"
+        )
     return text
+
+
+def _compared(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The records of low rank, each with how far its increase is from that of full noise."""
+    full = {r["sigma"]: r for r in found["records"] if r["noise"] == FULL}
+    for r in found["records"]:
+        if r["noise"] != FULL:
+            other = full[r["sigma"]]
+            error = math.hypot(r["error"], other["error"])
+            yield {**r, "from": (r["increase"] - other["increase"]) / error}
 
 
 def main() -> None:
@@ -198,7 +283,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", choices=SUBJECTS)
+    parser.add_argument("--only", choices=[*SUBJECTS, NORMS])
     parser.add_argument("--draws", type=int, help="of the noise, instead of each model's own number")
     parser.add_argument("--ranks", help="comma-separated, instead of 1,2,4,8,16")
     args = parser.parse_args()
@@ -207,13 +292,16 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "low_rank.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    chosen = [args.only] if args.only else ["ViT"] if args.quick else list(SUBJECTS)
+    chosen = [args.only] if args.only else ["ViT"] if args.quick else [*SUBJECTS, NORMS]
     for name in chosen:
         print(name, flush=True)
         torch.manual_seed(0)
-        subject = SUBJECTS[name]()
-        draws = args.draws or (4 if args.quick else subject.draws)
-        results[name] = measure(subject, draws, ranks)
+        if name == NORMS:
+            results[name] = norms(args.draws or 200)
+        else:
+            subject = SUBJECTS[name]()
+            draws = args.draws or (4 if args.quick else subject.draws)
+            results[name] = measure(subject, draws, ranks)
         file.write_text(json.dumps(results, indent=1) + "\n")
     (folder / "LOW_RANK.md").write_text(markdown(results))
     print(markdown(results))

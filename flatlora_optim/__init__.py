@@ -1,11 +1,11 @@
 """Flat-LoRA for any base optimizer and any training loop (arXiv 2409.14396).
 
-The packages, each of which uses those before it only:
+The packages, each of which imports only those before it:
 
 ================  ====================================================================
 ``kernels``       making, adding and taking away noise: in C, in Triton, in torch operations
 ``targets``       what is perturbed: frozen weights, the adapters on them, row scales
-``noise``         what the noise is: seeded streams of numbers
+``noise``         what the noise is: seeded sources of numbers
 ``perturbation``  how it gets into a layer, and the states of the weights
 ``optimizer``     :class:`FlatLoRAOptimizer`
 ``landscape``     measuring flatness

@@ -1,6 +1,6 @@
-"""What a bug report needs to say of the machine: ``python -m flatlora_optim.report``.
+"""What a bug report should say about the machine: ``python -m flatlora_optim.report``.
 
-Imports torch alone; the versions of other packages are read from what is installed.
+It imports torch alone and reads the versions of other packages from their metadata.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _PACKAGES = (
     "torchao",
     "hqq",
 )
-_VARIABLES = "CC", "FLATLORA_NATIVE", "TRITON_INTERPRET"
+_VARIABLES = "CC", "FLATLORA_NATIVE", "FLATLORA_TRITON", "TRITON_INTERPRET"
 
 _ASK = """
-Which weights are perturbed, and how, only the process that holds the optimizer can tell. Please add what
-this prints in your own script, right after the optimizer is built:
+Only your own script knows which weights are perturbed, and how. Please add what this prints in it, right
+after the optimizer is built:
 
     print(optimizer)
 """
@@ -92,10 +92,10 @@ def _compiler() -> str:
 
 def _kernels(device: str) -> str:
     """The name of the kernels there, and why they are not faster ones."""
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         name = kernels_of(torch.device(device)).name
-    return "; ".join([f"noise by {name}", *(str(each.message) for each in told)])
+    return "; ".join([f"noise by {name}", *(str(each.message) for each in caught)])
 
 
 if __name__ == "__main__":

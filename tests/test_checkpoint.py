@@ -159,7 +159,7 @@ def test_a_checkpoint_does_not_replace_what_was_asked_for_in_silence() -> None:
         custom.load_state_dict(saved)
 
 
-def test_going_on_with_other_noise_is_told() -> None:
+def test_going_on_with_other_noise_is_reported() -> None:
     def with_noise(noise: str) -> tuple[nn.Module, FlatLoRAOptimizer]:
         model = lora_mlp()
         return model, flatlora(model, base=torch.optim.AdamW, noise=noise)
@@ -168,7 +168,7 @@ def test_going_on_with_other_noise_is_told() -> None:
     _, other = with_noise("table")
     other.load_state_dict(optimizer.state_dict())  # a run that has not begun
     train(model, optimizer, range(2))
-    with pytest.warns(UserWarning, match=r"was that of GaussianNoise, .*; .* that of NoiseTable\("):
+    with pytest.warns(UserWarning, match=r"came from GaussianNoise, .*; .* from NoiseTable\("):
         other.load_state_dict(optimizer.state_dict())
     _, again = with_noise("table")
     again.load_state_dict(other.state_dict())
@@ -181,7 +181,7 @@ def test_a_table_of_another_size_is_other_noise() -> None:
 
     model, optimizer = with_table(1 << 12)
     train(model, optimizer, range(2))
-    with pytest.warns(UserWarning, match=r"NoiseTable\(size=4096\), .* that of NoiseTable\(size=8192\)"):
+    with pytest.warns(UserWarning, match=r"NoiseTable\(size=4096\), .* from NoiseTable\(size=8192\)"):
         with_table(1 << 13)[1].load_state_dict(optimizer.state_dict())
 
 

@@ -104,9 +104,10 @@ def test_perturbed_on_one_stream_and_restored_on_another() -> None:
     assert not changed_weights(model, before)
 
 
-def test_a_graph_of_forward_and_backward_sees_the_noise_of_each_step() -> None:
+@pytest.mark.parametrize("mode", ["in_place", "virtual"])
+def test_a_graph_of_forward_and_backward_sees_the_noise_of_each_step(mode: str) -> None:
     model = lora_mlp().to(CUDA)
-    optimizer = flatlora(model, auto=False)
+    optimizer = flatlora(model, mode=mode, auto=False)
     x, y = batch()
 
     def run() -> Tensor:
@@ -121,7 +122,7 @@ def test_a_graph_of_forward_and_backward_sees_the_noise_of_each_step() -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     optimizer.zero_grad()
-    with torch.cuda.graph(graph):
+    with optimizer.perturbed(), torch.cuda.graph(graph):
         loss = run()
     losses = []
     for _ in range(2):

@@ -135,7 +135,7 @@ def test_gains_are_those_of_the_study(page: str) -> None:
     assert [gain for gain in gains if gain not in results] == []
 
 
-def test_readme_tells_of_gpus_what_is_known() -> None:
+def test_readme_says_what_is_known_of_gpus() -> None:
     measured = (ROOT / "benchmarks/RESULTS-GPU.md").exists()
     assert ("not yet run" in README.split("## Install")[0]) is not measured
 
@@ -188,6 +188,7 @@ INTERNAL = {
     "$\\sigma$, relative to the norm of each row",
     "distance, relative to the norm of each row",
     # what objects print
+    "has not wrapped an optimizer yet: that is done when training begins",
     "noise for … of … trained matrices (…)",
     "…( perturbed: … of … adapted matrices, … elements (…); … not perturbed: … noise: …; sigma …, schedule … "
     "step … of …, seed … base: … )",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 import flatlora_optim
 from flatlora_optim import FlatLoRAOptimizer
-from flatlora_optim.kernels import journal as journals
 from flatlora_optim.kernels import native
 from flatlora_optim.kernels.journal import Journal, narrowed
 from flatlora_optim.kernels.plain import rounded_sum
@@ -205,11 +203,10 @@ def test_the_journal_is_small_and_freed(dtype: torch.dtype, bytes_per_element: f
     dtype=st.sampled_from([torch.int16, torch.int32, torch.int64]),
     missed=st.sampled_from([0.0, 0.05, 1.0]),
     far=st.booleans(),
-    has_numpy=st.booleans(),
     seed=st.integers(0, 2**63),
 )
 def test_a_journal_corrects_any_bits_at_its_price(
-    size: int, dtype: torch.dtype, missed: float, far: bool, has_numpy: bool, seed: int
+    size: int, dtype: torch.dtype, missed: float, far: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
     info = torch.iinfo(dtype)
@@ -218,8 +215,7 @@ def test_a_journal_corrects_any_bits_at_its_price(
     wrong = torch.rand(size) < missed
     found = torch.where(wrong, original - torch.randint(1, largest, (size,), dtype=dtype), original)
     # The default device has no part in it.
-    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journals, "_HAS_NUMPY", has_numpy)
+    with torch.device("meta"):
         journal = Journal.of(original, found.clone())
         journal.correct(found)
     assert torch.equal(found, original)
@@ -227,31 +223,6 @@ def test_a_journal_corrects_any_bits_at_its_price(
     per_entry = 2 + journal.corrections.element_size()
     assert per_entry == 4 or (far and dtype != torch.int16)
     assert journal.nbytes == per_entry * int(wrong.sum()) + (8 * (segments + 1) if segments > 1 else 0)
-
-
-WITHOUT_NUMPY = """
-import sys
-sys.modules["numpy"] = None
-import torch
-from flatlora_optim import FlatLoRAOptimizer, register
-layer = torch.nn.Linear(300, 300).requires_grad_(False)
-layer.a, layer.b = torch.nn.Parameter(torch.randn(2, 300)), torch.nn.Parameter(torch.randn(300, 2))
-layer.forward = lambda x: torch.nn.functional.linear(x, layer.weight + layer.b @ layer.a, layer.bias)
-register(layer, lora_A="a", lora_B="b")
-base = torch.optim.SGD([layer.a, layer.b], lr=0.1)
-optimizer = FlatLoRAOptimizer(base, layer, sigma=0.1, schedule="constant")
-before = layer.weight.clone()
-with optimizer.perturbed():
-    print(optimizer.memory())
-assert torch.equal(layer.weight, before)
-"""
-
-
-def test_numpy_is_not_needed() -> None:
-    command, environment = [sys.executable, "-c", WITHOUT_NUMPY], os.environ | {"FLATLORA_NATIVE": "0"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from flatlora_optim import FlatLoRAOptimizer, NoiseKey
+from flatlora_optim import FlatLoRAOptimizer, LowRankNoise, NoiseKey
 from flatlora_optim.landscape import expected_loss, top_eigenvalue
 from helpers import (
     NORM_ERROR,
@@ -129,22 +129,49 @@ def test_each_expert_has_rows_and_norms_of_its_own(make: Any) -> None:
     assert not changed_weights(model, before)
 
 
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_statistics_over_draws(make: Any) -> None:
-    model = make()
-    experts, draws = experts_of(model), 100
-    dim = 1 if getattr(experts, "is_transposed", False) else 2
-    clean = experts.down_proj.detach().clone()
-    expected = 0.1 * merged_rows(model, "down_proj") / clean.shape[dim] ** 0.5
-    squared = torch.zeros_like(expected)
-    optimizer = flatlora(model, sigma=0.1, lr=0.0)
+ALL_LINEAR = {"target_modules": "all-linear", "target_parameters": None}
+WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
+    **{f"{name}, target_parameters": (make, {}) for name, make in MODELS.items()},
+    "Mixtral, all-linear": (mixtral, ALL_LINEAR),
+    "Qwen3-MoE, all-linear": (qwen3, ALL_LINEAR),
+}
+"""PEFT's all-linear leaves the experts of GPT-OSS out."""
+
+
+@pytest.mark.parametrize(("make", "config"), WAYS.values(), ids=WAYS)
+def test_statistics_over_draws_on_all_that_is_adapted(make: Any, config: dict[str, Any]) -> None:
+    """Each row's noise against sigma ||W'_i|| / sqrt(n), W' by PEFT's own merging."""
+    model = make(**config)
+    merged = dict(copy.deepcopy(model).merge_and_unload().named_parameters())
+    adapted = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = flatlora(model, sigma=0.1, lr=0.0)
+    kinds = [target.weight.kind for target in optimizer.targets]
+    assert len(optimizer.targets) == len(adapted)
+    assert kinds.count("experts") >= 2
+    before, draws = fingerprint(model), 100
+    places = [
+        target.weight.tensor if kind == "dense" else target.weight.parameter
+        for target, kind in zip(optimizer.targets, kinds, strict=True)
+    ]
+    clean = [place.detach().clone() for place in places]
+    dims = [1 if target.weight.row_dim else -1 for target in optimizer.targets]
+    squared: list[Any] = [0.0] * len(places)
     for _ in range(draws):
         with optimizer.perturbed():
-            squared += (experts.down_proj.detach() - clean).square().mean(dim)
+            for k, place in enumerate(places):
+                noise = place.detach() - clean[k]
+                assert noise.ne(0).float().mean() > 0.99
+                squared[k] = squared[k] + noise.square().mean(dims[k])
         optimizer.step()
-    # 24 * 100 squares of a Gaussian: 1.4 % standard error.
-    ratio = (squared / draws).sqrt() / expected
-    assert (ratio - 1).abs().max() < 0.07
+    for k, target in enumerate(optimizer.targets):
+        name = target.name.removeprefix("base_model.model.").replace(".base_layer", "")
+        whole = merged[f"{name}.{target.weight.name}"].detach()
+        expected = 0.1 * whole.norm(dim=dims[k]) / whole.shape[dims[k]] ** 0.5
+        # At least 16 * 100 squares of a Gaussian: 1.8 % standard error.
+        assert ((squared[k] / draws).sqrt() / expected - 1).abs().max() < 0.09, name
+    assert not changed_weights(model, before)
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
@@ -270,40 +297,27 @@ def test_two_adapters_add_up() -> None:
             torch.testing.assert_close(noise.scales, expected, rtol=0.01, atol=0)
 
 
-def test_all_linear_perturbs_all_that_it_adapts() -> None:
-    model = get_peft_model(mixtral().unload(), LoraConfig(r=2, target_modules="all-linear"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer = flatlora(model)
-    adapted = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
-    assert len(optimizer.targets) == len(adapted)
-
-
-def test_virtual_mode_refuses_them() -> None:
-    with pytest.raises(ValueError, match="makes this weight anew in each forward; perturb it in place"):
-        flatlora(mixtral(), mode="virtual")
+def test_virtual_mode_refuses_them_if_the_noise_is_of_full_rank() -> None:
+    with pytest.raises(ValueError, match="perturb it in place, or by noise of low rank"):
+        flatlora(mixtral(), mode="virtual", noise="gaussian")
 
 
 def test_landscape() -> None:
     model = gpt_oss()
     around = expected_loss(model, loss_of, sigma=0.05, samples=2)
     assert around.mean != around.at_minimum
-    with pytest.raises(ValueError, match="makes its weight anew"):
+    with pytest.raises(ValueError, match="computes its weight in each forward"):
         top_eigenvalue(model, loss_of)
     assert isinstance(flatlora(model), FlatLoRAOptimizer)
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_low_rank_noise_is_written_into_experts(make: Any) -> None:
-    """PEFT makes their weights anew in each forward, which so can't add it. The other layers' do."""
+def test_low_rank_noise_has_the_strength_of_full_noise(make: Any) -> None:
     model = make()
     experts = experts_of(model)
     merged = merged_rows(model, "down_proj")
     before = fingerprint(model)
-    optimizer = flatlora(model, noise="low_rank", sigma=0.5)
-    modes = {p.target.weight.kind: p.mode for p in optimizer._weights.perturbations}
-    assert modes["experts"] == "in place, exact"
-    assert modes.get("dense", "virtual, low rank") == "virtual, low rank"
+    optimizer = flatlora(model, noise=LowRankNoise(4), mode="in_place", sigma=0.5)
     clean = experts.down_proj.detach().clone()
     with optimizer.perturbed():
         eps = (experts.down_proj - clean).detach()
@@ -312,3 +326,99 @@ def test_low_rank_noise_is_written_into_experts(make: Any) -> None:
     z = eps / (0.5 * merged / eps.shape[dim] ** 0.5).unsqueeze(dim)
     assert all(torch.linalg.matrix_rank(each, rtol=1e-4) == 4 for each in z)
     assert float(z.square().mean()) == pytest.approx(1, rel=0.5)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("adapters", ["one", "two", "none"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_low_rank_noise_comes_with_the_weight_that_peft_makes(make: Any, adapters: str, grad: bool) -> None:
+    def run(mode: str) -> tuple[Tensor, dict[str, Tensor]]:
+        model = make()
+        if adapters == "two":
+            config = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=TARGETS)
+            model.add_adapter("second", config)
+            model.base_model.set_adapter(["default", "second"])
+            randomize_adapters(model)
+        before, experts = fingerprint(model), experts_of(model)
+        kind = type(experts)
+        optimizer = flatlora(model, noise="low_rank", mode=mode, sigma=0.5, auto=False)
+        with optimizer.perturbed(), torch.set_grad_enabled(grad):
+            if adapters == "none":  # a pass that the user wants with noise
+                with model.disable_adapter():
+                    loss = loss_of(model)
+            else:
+                loss = loss_of(model)
+            if mode == "virtual":
+                assert not changed_weights(model, before)
+            if grad and adapters != "none":
+                loss.backward()
+        assert type(experts) is kind
+        assert experts_of(model) is experts
+        assert not changed_weights(model, before)
+        assert all(p.was_seen for p in optimizer._weights.perturbations)
+        return loss.detach(), gradients(model)
+
+    (loss, found), (written, expected) = run("virtual"), run("in_place")
+    torch.testing.assert_close(loss, written, rtol=1e-5, atol=1e-6)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_with_low_rank_noise(checkpointing: bool) -> None:
+    """In the automatic style, with evaluations in between, as with the noise in place."""
+
+    def run(mode: str) -> list[float]:
+        model = gpt_oss()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = flatlora(model, noise="low_rank", mode=mode, sigma=0.3)
+        losses = []
+        for _ in range(3):
+            loss = loss_of(model)
+            model.eval()
+            with torch.no_grad():
+                losses.append(loss_of(model).item())
+            model.train()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    assert run("virtual") == pytest.approx(run("in_place"), rel=1e-5)
+
+
+def test_low_rank_noise_on_a_matrix_as_a_bare_parameter() -> None:
+    from helpers import MLP
+
+    def run(mode: str) -> Tensor:
+        torch.manual_seed(0)
+        model = get_peft_model(MLP(), LoraConfig(r=2, target_modules=[], target_parameters=["fc2.weight"]))
+        randomize_adapters(model)
+        with flatlora(model, noise="low_rank", mode=mode, sigma=0.5).perturbed():
+            return model(mlp_batch()[0]).detach()
+
+    torch.testing.assert_close(run("virtual"), run("in_place"))
+
+
+def test_low_rank_noise_that_16_bits_round_away_is_told() -> None:
+    with pytest.warns(UserWarning, match="rounds the noise away"):
+        flatlora(mixtral(torch.bfloat16), noise="low_rank", mode="virtual", sigma=1e-6).perturb()
+
+
+@pytest.mark.parametrize("how", ["8 bits", "not contiguous"])
+def test_experts_that_can_not_be_written_are_refused_by_name(how: str) -> None:
+    model = mixtral(target_parameters=None).unload()
+    experts = experts_of(model)
+    if how == "8 bits":
+        experts.gate_up_proj.data = experts.gate_up_proj.data.to(torch.float8_e4m3fn)
+    else:
+        experts.gate_up_proj.data = experts.gate_up_proj.data.mT.contiguous().mT
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=TARGETS)
+    message = r"experts.*: gate_up_proj of MixtralExperts is packed, .* load it in 16 or 32 bits"
+    with pytest.warns(UserWarning, match=message):
+        optimizer = flatlora(get_peft_model(model, config))
+    assert [target.weight.name for target in optimizer.targets] == ["weight", "down_proj"]

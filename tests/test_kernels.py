@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from flatlora_optim import FlatLoRAOptimizer, NoiseTable
-from flatlora_optim.kernels import has_triton, kernels_of, native, part, plain, seal
+from flatlora_optim.kernels import checksums, has_triton, kernels_of, native, part, plain
 from flatlora_optim.kernels.grid import Grid
 from flatlora_optim.kernels.part import Keep
 from flatlora_optim.kernels.plain import Product
@@ -289,7 +289,7 @@ def test_with_absurdly_little_room_the_first_step_is_made_up_for(monkeypatch: py
 
 
 @interpreted
-def test_later_tiles_without_room_stay_clean_and_that_is_told_once() -> None:
+def test_later_tiles_without_room_stay_clean_and_that_is_reported_once() -> None:
     from flatlora_optim.kernels import triton as kernels
 
     clean, noises = weights_and_noises(torch.bfloat16, [(9, 5000)], 0, 0, 0, 0.02)
@@ -312,7 +312,7 @@ def test_later_tiles_without_room_stay_clean_and_that_is_told_once() -> None:
     assert torch.equal(int_view(weight), int_view(clean[0]))
 
 
-# ---------------------------------------------------------------------- norms and probes
+# ---------------------------------------------------------------------- norms and checksums
 
 
 @interpreted
@@ -364,18 +364,18 @@ def test_norms_of_what_the_kernel_can_not_read(kind: str) -> None:
 
 @interpreted
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_each_probed_element_counts(dtype: torch.dtype) -> None:
+def test_each_sampled_element_counts(dtype: torch.dtype) -> None:
     from flatlora_optim.kernels import triton as kernels
 
     weights = [torch.randn(130).to(dtype), torch.randn(5, 8).to(dtype).T]
-    before = kernels.probes(weights)
+    before = kernels.checksums(weights)
     for weight in weights:
         place = (0,) * weight.dim()
         int_view(weight)[place] ^= 1
-    assert (kernels.probes(weights) != before).tolist() == [True, True]
+    assert (kernels.checksums(weights) != before).tolist() == [True, True]
     for weight in weights:
         int_view(weight)[(0,) * weight.dim()] ^= 1
-    assert torch.equal(kernels.probes(weights), before)
+    assert torch.equal(kernels.checksums(weights), before)
 
 
 # ---------------------------------------------------------------------- launches and waits
@@ -426,9 +426,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
             return launch
 
     with monkeypatch.context() as patch:
-        for module in (kernels, scales, seal, states):
+        for module in (kernels, scales, checksums, states):
             patch.setattr(module, "read", read)
-        for name in ("perturb_kernel", "restore_kernel", "norms_kernel", "probe_kernel", "fill_kernel"):
+        for name in ("perturb_kernel", "restore_kernel", "norms_kernel", "checksum_kernel", "fill_kernel"):
             patch.setattr(jit, name, Launched(name, getattr(jit, name)))
         with counter:
             yield counter
@@ -482,9 +482,9 @@ def test_launches_do_not_grow_with_the_number_of_weights_and_nothing_waits(
         with counted(monkeypatch) as restoring:
             optimizer.restore()
         assert sorted(name for name in perturbing.operations if name.endswith("kernel")) == [
+            "checksum_kernel",
             "norms_kernel",
             "perturb_kernel",
-            "probe_kernel",
         ]
         assert len(perturbing.operations) <= 16, perturbing.operations
         assert not perturbing.waits
@@ -522,7 +522,7 @@ def test_what_a_quantized_layer_is_given_to_do(
     of_adapter = ["mm", "mm", "mul", "add"]
     expected = {
         "gaussian": [*dequantized, "perturb_kernel", "mm", *of_adapter],
-        "low_rank": ["gemm_4bit", "mm", "addmm", *of_adapter],
+        "low_rank": [*dequantized, "mm", "mm", "addmm_", *of_adapter],
     }
     with optimizer.perturbed():
         model(x)  # the first one makes tables
@@ -621,10 +621,10 @@ def test_memory_that_another_stream_reads_is_kept_for_it(monkeypatch: pytest.Mon
     clean, noises = weights_and_noises(torch.float32, [(3, 70)], 0, 0, 0, 0.02)
     _, (part_,) = parts_of(kernels, clean, noises, Keep.JOURNAL)
     monkeypatch.setattr(kernels, "_stream", lambda device: "first")
-    part_.perturb()
+    kernels.Part.perturb_all([part_])
     assert not recorded
     monkeypatch.setattr(kernels, "_stream", lambda device: "second")
-    part_.restore()
+    kernels.Part.restore_all([part_])
     memory = part_.memory
     tables = memory._table, memory._entries, memory._scales
     journal = memory._positions, memory._originals, memory._starts, memory._counts

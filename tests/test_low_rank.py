@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatlora_optim import FlatLoRAOptimizer, LowRankNoise, NoiseKey, find_targets, register
@@ -233,7 +235,7 @@ def test_by_default_it_is_what_virtual_mode_adds_and_in_place_is_the_papers() ->
         model = lora_mlp()
         return train(model, flatlora(model, **options), range(3))
 
-    assert losses(mode="virtual") == losses(mode="virtual", noise=LowRankNoise(4))
+    assert losses(mode="virtual") == losses(mode="virtual", noise=LowRankNoise(2))
     assert losses() == losses(mode="in_place", noise=GaussianNoise())
     model = nn.ModuleList([lora_mlp(), adapted(linear4bit())])
     sources = {p.target.weight.kind: type(p.source) for p in flatlora(model)._weights.perturbations}
@@ -272,6 +274,21 @@ def test_a_step_without_noise_leaves_none_to_a_captured_graph(make: Callable[[],
     optimizer.step_count = 0
     optimizer.perturb()
     assert places == [(p.left.data_ptr(), p.right.data_ptr()) for p in perturbations]  # type: ignore[attr-defined]
+
+
+def test_a_captured_graph_sees_the_noise_of_each_step() -> None:
+    """A graph of operations on the tensors that it met, as a CUDA graph is."""
+    model, x = lora_mlp(), mlp_batch()[0]
+    optimizer = flatlora(model, mode="virtual", auto=False, sigma=0.5)
+    with optimizer.perturbed():
+        graph = make_fx(model)(x)
+    outputs = [model(x).detach()]
+    for step in range(4):
+        optimizer.step_count = step
+        with optimizer.perturbed(), torch.no_grad():
+            outputs.append(graph(x))
+            torch.testing.assert_close(outputs[-1], model(x))
+    assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(outputs, 2))
 
 
 # ---------------------------------------------------------------------------- in a training loop
@@ -340,36 +357,51 @@ def test_threads_that_share_the_weights_train_as_each_would_alone() -> None:
     assert len({tuple(losses) for losses in alone.values()}) == 4
 
 
-@pytest.mark.parametrize("auto", [False, True])
-def test_compiled_as_one_graph(auto: bool) -> None:
-    """The whole model with the explicit style; layers of a model with the automatic one."""
+@pytest.mark.parametrize("noise", ["low_rank", "gaussian"])
+@pytest.mark.parametrize("style", ["explicit", "closure", "automatic", "layers"])
+def test_compiled_as_one_graph(style: str, noise: str) -> None:
+    """The whole model, if the optimizer is built with the compiled one; and layers of it."""
+    if (style, noise) == ("layers", "gaussian"):
+        pytest.skip("in place, there is nothing in a layer to be compiled")
 
     def run(compiled: bool) -> list[float]:
-        model = lora_mlp()
-        optimizer = flatlora(model, mode="virtual", auto=auto, schedule="cosine", total_steps=8)
-        called: Any = model
-        if compiled and auto:
+        model = called = lora_mlp()
+        if compiled and style != "layers":
+            called = torch.compile(model, backend="aot_eager", fullgraph=True)
+        auto = style in ("automatic", "layers")
+        optimizer = flatlora(called, auto=auto, noise=noise, schedule="cosine", total_steps=8)
+        if compiled and style == "layers":
             for layer in (model.base_model.model.fc1, model.base_model.model.fc2):
                 layer.compile(backend="aot_eager", fullgraph=True)
-        elif compiled:
-            called = torch.compile(model, backend="aot_eager", fullgraph=True)
         losses = []
         for i in range(8):
-            if not auto:
+
+            def closure(i: int = i) -> Tensor:
+                loss = loss_of(called, mlp_batch(i))
+                loss.backward()
+                losses.append(loss.item())
+                return loss
+
+            if style == "explicit":
                 optimizer.perturb()
-            loss = loss_of(called, mlp_batch(i))
-            loss.backward()
-            optimizer.step()
+            if style == "closure":
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
+            with torch.no_grad():
+                called.eval()
+                losses.append(loss_of(called, mlp_batch(i)).item())
+                called.train()
         return losses
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     expected = run(compiled=False)
     assert run(compiled=True) == pytest.approx(expected, rel=1e-5)
-    # With noise and, in the first step, without.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (4 if auto else 2)
+    # With noise or without, and each with gradients or without.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= (8 if style == "layers" else 4)
 
 
 # ---------------------------------------------------------------------------- norms of quantized weights

@@ -168,7 +168,7 @@ def test_a_step_without_noise_warns_whichever_group_is_meant_to_have_it(model: n
         optimizer.step()
 
 
-def test_a_step_of_a_closed_optimizer_tells_that_it_is_closed(
+def test_a_step_of_a_closed_optimizer_says_that_it_is_closed(
     model: nn.Module, optimizer: FlatLoRAOptimizer
 ) -> None:
     flatlora(model)
@@ -177,7 +177,7 @@ def test_a_step_of_a_closed_optimizer_tells_that_it_is_closed(
         optimizer.step()
 
 
-def test_adapters_that_are_switched_on_in_the_middle_of_a_step_are_told() -> None:
+def test_adapters_that_are_switched_on_in_the_middle_of_a_step_are_reported() -> None:
     model = lora_mlp()
     layers = [model.base_model.model.fc1, model.base_model.model.fc2]
     optimizer = flatlora(model)
@@ -255,7 +255,7 @@ def test_a_weight_that_somebody_else_wrote_is_not_saved(
     assert optimizer.is_perturbed
 
 
-def test_a_forgotten_optimizer_tells_of_a_weight_that_somebody_else_wrote(model: nn.Module) -> None:
+def test_a_forgotten_optimizer_names_a_weight_that_somebody_else_wrote(model: nn.Module) -> None:
     optimizers = [flatlora(model)]
     loss_of(model, BATCH).backward()
     load(model)
@@ -283,13 +283,13 @@ def test_a_single_element_that_somebody_else_wrote_is_noticed(strided: bool, thr
 @pytest.mark.parametrize("shape", [(4, 4), (8, 8), (100, 99)])
 def test_torch_operations_look_all_over_a_weight(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape)
-    before = plain.probe(weight)
+    before = plain.checksum(weight)
     quarters = weight.view(-1).chunk(4)
     for part in (weight.view(-1)[:1], weight[:, 1:], *quarters):
         part += 1
-        assert not torch.equal(plain.probe(weight), before)
-        before = plain.probe(weight)
-    assert torch.equal(plain.probe(weight), before)
+        assert not torch.equal(plain.checksum(weight), before)
+        before = plain.checksum(weight)
+    assert torch.equal(plain.checksum(weight), before)
 
 
 def test_a_weight_that_is_gone_does_not_keep_the_others(model: nn.Module, before: dict[str, Tensor]) -> None:

@@ -211,16 +211,16 @@ def test_a_weight_may_begin_anywhere(keep: Keep, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", [5, 64, 1000])
 @pytest.mark.parametrize("kernels", [native, plain], ids=["native", "plain"])
-def test_each_probed_element_counts(kernels: Any, dtype: torch.dtype, numel: int) -> None:
+def test_each_sampled_element_counts(kernels: Any, dtype: torch.dtype, numel: int) -> None:
     weight = torch.randn(numel).to(dtype)
-    bits, before = int_view(weight), kernels.probes([weight])
-    stride = max(1, numel // plain.PROBES)
-    for i in range(0, min(plain.PROBES, numel) * stride, stride):
+    bits, before = int_view(weight), kernels.checksums([weight])
+    stride = max(1, numel // plain.SAMPLES)
+    for i in range(0, min(plain.SAMPLES, numel) * stride, stride):
         for bit in (1, torch.iinfo(bits.dtype).min):
             bits[i] ^= bit
-            assert list(kernels.probes([weight])) != list(before)
+            assert list(kernels.checksums([weight])) != list(before)
             bits[i] ^= bit
-    assert list(kernels.probes([weight])) == list(before)
+    assert list(kernels.checksums([weight])) == list(before)
 
 
 @needs_compiler
@@ -291,7 +291,7 @@ def test_a_part_for_whose_journal_there_is_no_memory_stays_clean(
     noise = Noise(GaussianNoise(), NoiseKey(1, 1), Grid(40, 5000, "cpu"), torch.full((40,), 0.5))
     part = native.Part(weight, noise, 0, 40, Keep.JOURNAL)
     with pytest.raises(MemoryError, match="journal"):
-        part.perturb()
+        native.Part.perturb_all([part])
     assert not part.is_perturbed
     assert part.nbytes == 0
     assert torch.equal(weight, before)
@@ -418,11 +418,11 @@ def test_a_forgotten_part_stays_noisy_and_gives_its_journal_back(
 ) -> None:
     weight, noise = block
     part = kernels.Part(weight, noise, 0, 40, Keep.JOURNAL)
-    part.perturb()
+    kernels.Part.perturb_all([part])
     perturbed = weight.clone()
     assert part.nbytes > 0
     part.forget()
-    part.restore()
+    kernels.Part.restore_all([part])
     assert (part.nbytes, part.is_perturbed) == (0, False)
     assert torch.equal(weight, perturbed)
 
@@ -595,7 +595,7 @@ def test_a_compiler_that_computes_something_else_is_refused(tmp_path: Path) -> N
     )
     output = run_python(code, {"XDG_CACHE_HOME": str(tmp_path)})
     assert output.startswith("False\n")
-    assert "computes other numbers" in output
+    assert "computes wrong numbers" in output
 
 
 @pytest.mark.parametrize("environment", [{"PATH": "", "CC": ""}, {"FLATLORA_NATIVE": "0"}])
@@ -616,7 +616,7 @@ def test_the_compiler_may_be_a_command_with_options(
     assert native.is_available()
 
 
-def test_a_compiler_that_is_not_there_is_told(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_is_not_there_is_reported(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "/nowhere/cc -m64")
     with pytest.warns(UserWarning, match="there is no compiler CC='/nowhere/cc -m64'"):
         assert not native.is_available()

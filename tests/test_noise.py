@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from flatlora_optim import FlatLoRAOptimizer, find_targets
 from flatlora_optim.kernels import plain
 from flatlora_optim.kernels.grid import Grid
-from flatlora_optim.kernels.part import Keep, Part
+from flatlora_optim.kernels.part import Keep
 from flatlora_optim.noise import GaussianNoise, Noise, NoiseKey
 from flatlora_optim.noise.key import _mix32, _mix64
 from flatlora_optim.targets.scales import RowNorms, merged_norms, row_scales
@@ -402,7 +402,7 @@ def test_parts_on_the_cpu_go_to_threads_and_others_one_by_one(device: str, two_t
     noise = Noise(GaussianNoise(), NoiseKey(0, 0), Grid(12, 80_000, "cpu"), torch.ones(12))
     visits = []
 
-    class Visited(Part):
+    class Visited(plain.Part):
         def perturb(self) -> None:
             visits.append((self.lo, threading.current_thread()))
 

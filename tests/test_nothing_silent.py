@@ -1,4 +1,4 @@
-"""Ways to train without noise, or to keep it, that were found in the field: each is an error, or told."""
+"""Ways to train without noise, or to keep it, that were found in the field: each is an error or a warning."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.checkpoint import checkpoint
 
 from flatlora_optim import FlatLoRAOptimizer
@@ -26,7 +27,9 @@ from helpers import (
     lora_mlp,
     loss_of,
     mlp_batch,
+    train,
     trainable,
+    with_lora,
 )
 
 BATCH = mlp_batch()
@@ -36,10 +39,7 @@ BATCH = mlp_batch()
 def _nothing_is_left_watching() -> Iterator[None]:
     """An optimizer that outlives its test would refuse the steps of later ones."""
     yield
-    from flatlora_optim.optimizer import other_steps
-
-    for optimizer in list(other_steps._watched):
-        optimizer.close()  # type: ignore[attr-defined]
+    _global_optimizer_pre_hooks.clear()
 
 
 # ---------------------------------------------------------------------- other steppers
@@ -141,11 +141,14 @@ def test_what_is_detached_puts_nothing_back(model: nn.Module, optimizer: FlatLoR
 
 def test_a_base_that_accelerate_has_prepared_is_refused(model: nn.Module) -> None:
     _, prepared = Accelerator(cpu=True).prepare(model, torch.optim.SGD(trainable(model), lr=0.1))
-    with pytest.raises(TypeError, match=r"prepare\(\) has made.*around the SGD first"):
+    with pytest.raises(TypeError, match=r"made by accelerator\.prepare\(\).*around the SGD first"):
         FlatLoRAOptimizer(prepared, model, sigma=0.1, schedule="constant")
 
 
-def test_adapters_that_were_replaced_are_an_error(model: nn.Module, optimizer: FlatLoRAOptimizer) -> None:
+@pytest.mark.parametrize("step", ["step", "second_step"])
+def test_adapters_that_were_replaced_are_an_error(step: str, model: nn.Module) -> None:
+    base = SAM(trainable(model), rho=0.05, lr=0.1)
+    optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, schedule="constant")
     for module in list(model.modules()):
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.requires_grad:
@@ -154,7 +157,7 @@ def test_adapters_that_were_replaced_are_an_error(model: nn.Module, optimizer: F
     with pytest.raises(
         RuntimeError, match=r"fc1, .*fc2: the model's adapters are not those in the optimizer.*Build the base"
     ):
-        optimizer.step()
+        getattr(optimizer, step)()
 
 
 def test_a_replaced_adapter_among_others_is_an_error(model: nn.Module, optimizer: FlatLoRAOptimizer) -> None:
@@ -235,7 +238,7 @@ def test_several_models_have_noise(together: Any) -> None:
     assert not changed_weights(second, before[1])
 
 
-def test_adapters_of_a_model_that_was_not_given_are_told() -> None:
+def test_adapters_of_a_model_that_was_not_given_are_reported() -> None:
     unet, encoder = lora_mlp(), lora_mlp(seed=1)
     base = torch.optim.SGD([*trainable(unet), *trainable(encoder)], lr=0.1)
     with pytest.warns(UserWarning, match=r"2 pairs of matrices.*noise for 4 of 8 trained matrices \(50%\)"):
@@ -243,7 +246,7 @@ def test_adapters_of_a_model_that_was_not_given_are_told() -> None:
     assert "noise for 4 of 8 trained matrices (50%)" in repr(optimizer)
 
 
-def test_a_head_that_is_trained_beside_the_model_is_not_told(model: nn.Module) -> None:
+def test_a_head_that_is_trained_beside_the_model_is_not_reported(model: nn.Module) -> None:
     head = nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 64), nn.Linear(64, 8), nn.Linear(8, 64))
     base = torch.optim.SGD([*trainable(model), *head.parameters()], lr=0.1)
     with warnings.catch_warnings():
@@ -252,14 +255,44 @@ def test_a_head_that_is_trained_beside_the_model_is_not_told(model: nn.Module) -
     assert "noise for 4 of 8 trained matrices (50%)" in repr(optimizer)
 
 
-def test_a_sigma_that_no_weight_uses_is_told(model: nn.Module) -> None:
+def test_what_is_frozen_does_not_count_as_trained(model: nn.Module) -> None:
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, schedule="constant")
+    assert "noise for 4 of 4 trained matrices (100%)" in repr(optimizer)
+
+
+def test_training_past_the_end_of_the_schedule_is_reported_once(model: nn.Module) -> None:
+    optimizer = flatlora(model, sigma=0.1, schedule="cosine", total_steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, range(2))
+    with pytest.warns(UserWarning, match=r"goes on after total_steps=2.*epochs \* ceil") as told:
+        train(model, optimizer, range(2, 4))
+    assert len(told) == 1
+
+
+@pytest.mark.filterwarnings("ignore:this optimizer leaves")
+def test_two_optimizers_of_one_model_share_no_noise() -> None:
+    model = with_lora(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), ["0", "1"])
+    noises = []
+    for layer in "01":
+        own = [p for name, p in model.named_parameters() if f".{layer}.lora" in name]
+        weight = model.get_submodule(f"base_model.model.{layer}.base_layer").weight
+        optimizer = FlatLoRAOptimizer(torch.optim.SGD(own, lr=0.1), model, sigma=0.1, schedule="constant")
+        clean = weight.clone()
+        with optimizer.perturbed():
+            noises.append((weight - clean).flatten())
+    assert abs(torch.corrcoef(torch.stack(noises))[0, 1]) < 0.1
+
+
+def test_a_sigma_that_no_weight_uses_is_reported(model: nn.Module) -> None:
     groups = [{"params": [], "sigma": 0.3}, {"params": trainable(model)}]
-    with pytest.warns(UserWarning, match=r"group 0 has sigma=0.3, but no parameter.*it has 0 parameters"):
+    with pytest.warns(UserWarning, match=r"group 0 has sigma=0.3, but none of its 0 parameters"):
         FlatLoRAOptimizer(torch.optim.SGD(groups, lr=0.1), model, sigma=0.1, schedule="constant")
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.1])
-def test_a_sigma_of_a_head_that_changes_nothing_is_not_told(sigma: float, model: nn.Module) -> None:
+def test_a_sigma_of_a_head_that_changes_nothing_is_not_reported(sigma: float, model: nn.Module) -> None:
     groups = [{"params": [nn.Parameter(torch.zeros(3))], "sigma": sigma}, {"params": trainable(model)}]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -282,7 +315,7 @@ def test_with_auto_grad_models_in_eval_mode_train_with_noise(
     assert not changed_weights(model, before)
 
 
-def test_a_part_in_eval_mode_is_told_before_autograd_fails() -> None:
+def test_a_part_in_eval_mode_is_reported_before_autograd_fails() -> None:
     encoder, unet = lora_mlp().eval(), lora_mlp(seed=1)
     base = torch.optim.SGD([*trainable(encoder), *trainable(unet)], lr=0.1)
     optimizer = FlatLoRAOptimizer(base, [encoder, unet], sigma=0.1, schedule="constant")
@@ -292,16 +325,14 @@ def test_a_part_in_eval_mode_is_told_before_autograd_fails() -> None:
         loss = unet(torch.cat([encoded, encoded[:, :1]], 1)).sum()
         unet(BATCH[0]).sum().backward()
     with (
-        pytest.warns(
-            UserWarning, match=r"PeftModel ran in eval\(\) mode, and so without noise.*auto=\"grad\""
-        ),
+        pytest.warns(UserWarning, match=r"PeftModel ran in eval\(\) mode, so without noise.*auto=\"grad\""),
         pytest.raises(RuntimeError, match="modified by an inplace operation"),
     ):
         loss.backward()
     optimizer.close()
 
 
-def test_a_forward_inside_of_a_transform_is_told(model: nn.Module, optimizer: FlatLoRAOptimizer) -> None:
+def test_a_forward_inside_of_a_transform_is_reported(model: nn.Module, optimizer: FlatLoRAOptimizer) -> None:
     adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -165,14 +165,14 @@ def unused_weight() -> nn.Module:
 
 
 LIES: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "a wrong scaling": (lambda: square(scaling=1.0), r"the adapter adds 1\.5 times what scaling"),
+    "a wrong scaling": (lambda: square(scaling=1.0), r"the adapter adds 1\.5 times scaling"),
     "a swapped axis": (lambda: square(transposed=True), r"changes the output by .* the two differ by"),
     "A for B": (lambda: square(lora_A="lora_B", lora_B="lora_A"), r"changes the output by .* differ by"),
     "a transposed A": (
         lambda: square(lora_A=None, lora_B=None, delta=lambda m: 1.5 * m.lora_B @ m.lora_A.T),
         r"changes the output by .* differ by",
     ),
-    "another weight": (unused_weight, r"that had it merged by 0; "),
+    "another weight": (unused_weight, r"merged into the weight by 0; "),
 }
 
 

@@ -294,7 +294,7 @@ def run_all(cell: Cell, results: Results) -> list[Key]:
     return made
 
 
-def test_finished_runs_are_not_repeated_and_the_report_tells_what_is_missing(tmp_path: Path) -> None:
+def test_finished_runs_are_not_repeated_and_the_report_says_what_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "results" / "study.jsonl"
     made = run_all(CELL, Results(path))
     assert [key.phase for key in made].count("tuning") == 2 + 1

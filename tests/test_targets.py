@@ -173,7 +173,7 @@ def test_what_is_skipped_is_reported_once() -> None:
     assert len(w) == 1
     assert w[0].filename == __file__
     assert skipped_by(optimizer) == {"fc2": "its adapter's parameters are not in the optimizer"}
-    assert "not perturbed: 1 adapters (see .skipped)" in repr(optimizer)
+    assert "not perturbed: 1 (see .skipped)" in repr(optimizer)
     before = fingerprint(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -136,7 +136,7 @@ class CallsTheLayer(ReadsTheWeight):
         return self.linear(x) + x @ (self.lora_B @ self.lora_A).T
 
 
-def test_noise_that_no_forward_sees_is_told_once() -> None:
+def test_noise_that_no_forward_sees_is_reported_once() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()

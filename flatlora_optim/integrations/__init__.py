@@ -1,4 +1,4 @@
-"""Helpers for single trainers. Each module imports its own; the core imports none.
+"""Helpers for trainers. Each module imports its trainer; the core imports none.
 
 ================  ==================================================================================
 ``transformers``  Hugging Face ``Trainer`` and those built on it: TRL, LLaMA-Factory,

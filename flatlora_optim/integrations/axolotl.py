@@ -3,7 +3,7 @@
 plugins:
   - flatlora_optim.integrations.axolotl.FlatLoRAPlugin
 flatlora_sigma: 0.05
-flatlora_options:  # further ones of FlatLoRACallback, if any
+flatlora_options:  # further options of FlatLoRACallback, if any
   schedule: linear
 """
 
@@ -20,24 +20,24 @@ _FUSED = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding
 
 
 class FlatLoRAArgs(BaseModel):  # type: ignore[misc]
-    """What the plugin reads in the YAML."""
+    """What the plugin reads from the YAML."""
 
     flatlora_sigma: float | None = None
     flatlora_options: dict[str, Any] | None = None
 
 
 class FlatLoRAPlugin(BasePlugin):  # type: ignore[misc]
-    """Adds a :class:`.FlatLoRACallback` where ``flatlora_sigma`` is set.
+    """Adds a :class:`.FlatLoRACallback` if ``flatlora_sigma`` is set.
 
-    axolotl's fused LoRA kernels read a quantized weight past its layer's forward, where its noise is made:
-    with a quantized base they are switched off, which axolotl otherwise switches on by itself.
+    axolotl's fused LoRA kernels read a quantized weight without its layer's forward, where the noise is. With
+    a quantized base they are switched off; axolotl would switch them on by itself.
 
     Raises:
         ValueError: The config asks for such a kernel on a quantized base.
     """
 
     def register(self, cfg: dict[str, Any]) -> None:
-        """Sees the config before axolotl has completed it."""
+        """Called with the config before axolotl completes it."""
         if not cfg.get("flatlora_sigma") or not _is_quantized(cfg):
             return
         if wanted := [name for name in _FUSED if cfg.get(name)]:

@@ -12,11 +12,11 @@ from .options import checked_options, metrics_of
 
 
 class FlatLoRACallback(Callback):  # type: ignore[misc]
-    """Wraps the trainer's optimizer, and takes itself out when the fit has ended.
+    """Wraps the trainer's optimizer, and unwraps it when the fit has ended.
 
     Args:
-        sigma, **options: As of :class:`.FlatLoRAOptimizer`.
-        log_interval: Batches from one log of sigma and the noise norm to the next.
+        sigma, **options: As in :class:`.FlatLoRAOptimizer`.
+        log_interval: Batches between two logs of sigma and the noise norm.
     """
 
     def __init__(self, *, sigma: float, log_interval: int = 10, **options: Any) -> None:
@@ -26,7 +26,7 @@ class FlatLoRACallback(Callback):  # type: ignore[misc]
         self._metrics: dict[str, float] | None = None
         self._wanted = False
         self.optimizer: FlatLoRAOptimizer | None = None
-        """The one in use, if any."""
+        """The optimizer in use, if any."""
 
     def before_load(self, state: State, logger: Logger) -> None:
         self._wrap(state)
@@ -70,7 +70,7 @@ class FlatLoRACallback(Callback):  # type: ignore[misc]
 
 
 def _batches(state: State) -> int | None:
-    """The batches of the whole run, each of which is one optimizer step."""
+    """The number of batches of the whole run. Each is one optimizer step."""
     duration = state.max_duration
     if duration is None or duration.unit not in (TimeUnit.BATCH, TimeUnit.EPOCH):
         return None

@@ -12,13 +12,13 @@ from .options import checked_options, metrics_of
 
 
 class FlatLoRACallback(Callback):
-    """Wraps what ``configure_optimizers`` returned, and takes itself out when the fit has ended.
+    """Wraps the optimizers of ``configure_optimizers`` that hold adapters, and unwraps them when the fit has
+    ended.
 
-    With several optimizers, those that hold adapters. Sigma and the noise norm are logged each
-    ``log_every_n_steps`` of the trainer.
+    Sigma and the noise norm are logged each ``log_every_n_steps`` of the trainer.
 
     Args:
-        sigma, **options: As of :class:`.FlatLoRAOptimizer`.
+        sigma, **options: As in :class:`.FlatLoRAOptimizer`.
 
     Raises:
         ValueError: When the fit starts, if no optimizer holds an adapter.
@@ -27,10 +27,10 @@ class FlatLoRACallback(Callback):
     def __init__(self, *, sigma: float, **options: Any) -> None:
         self._options = checked_options(sigma=sigma, **options)
         self.optimizers: list[FlatLoRAOptimizer] = []
-        """Those in use, if any."""
+        """The optimizers in use."""
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        # The optimizers exist, and the checkpoint is yet to be loaded into them.
+        # The optimizers exist, but no checkpoint is loaded into them yet.
         self._take_out(trainer)
         found = find_targets(pl_module).targets
         adapters = {id(parameter) for target in found for parameter in target.all_parameters()}
@@ -46,7 +46,7 @@ class FlatLoRACallback(Callback):
             raise ValueError("no optimizer of `configure_optimizers` holds parameters of a LoRA adapter")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        each_has = len(trainer.strategy.optimizers)  # steps are those of all optimizers together
+        each_has = len(trainer.strategy.optimizers)  # Lightning counts the steps of all optimizers together
         for optimizer in self.optimizers:
             if trainer.estimated_stepping_batches != float("inf"):
                 optimizer.total_steps = int(trainer.estimated_stepping_batches) // each_has
@@ -60,7 +60,7 @@ class FlatLoRACallback(Callback):
         self._take_out(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        # Not before: checkpoints are also written when training ends.
+        # Not earlier: checkpoints are also written when training ends.
         self._take_out(trainer)
 
     def _take_out(self, trainer: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the callbacks for all trainers share."""
+"""What the callbacks share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NAMES = inspect.signature(FlatLoRAOptimizer).parameters.keys() - {"base", "mode
 
 
 def checked_options(**options: Any) -> dict[str, Any]:
-    """Options of a ``FlatLoRAOptimizer`` that is only built later, when wrong ones would cost time.
+    """Checks options now that a ``FlatLoRAOptimizer`` will get only when training begins.
 
     Raises:
         TypeError, ValueError: An option is unknown or out of range.
@@ -27,6 +27,6 @@ def checked_options(**options: Any) -> dict[str, Any]:
 
 
 def metrics_of(optimizer: FlatLoRAOptimizer) -> dict[str, float]:
-    """What is logged: sigma and the noise norm of the step that is under way."""
+    """What callbacks log: sigma and the noise norm of the current step."""
     values = optimizer.metrics()
     return {f"flatlora/{name}": values[name] for name in ("sigma", "noise_norm")}

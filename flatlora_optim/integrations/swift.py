@@ -1,9 +1,9 @@
-"""For ms-swift's command line. A file of two lines is the plug-in::
+"""For ms-swift's command line. The plug-in is a file of two lines::
 
     from flatlora_optim.integrations import swift
     swift.register(sigma=0.05)
 
-and ``swift sft ... --external_plugins FILE --callbacks flatlora`` takes it.
+Load it with ``swift sft ... --external_plugins FILE --callbacks flatlora``.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ NAME = "flatlora"
 
 
 def register(*, sigma: float, name: str = NAME, **options: Any) -> None:
-    """Makes a :class:`.FlatLoRACallback` known to ``--callbacks``.
+    """Registers a :class:`.FlatLoRACallback` for ``--callbacks``.
 
     Args:
-        sigma, **options: As of the callback.
-        name: What ``--callbacks`` calls it.
+        sigma, **options: As in the callback.
+        name: Its name in ``--callbacks``.
     """
     from swift.callbacks import callbacks_map
 
-    FlatLoRACallback(sigma=sigma, **options)  # wrong options are told at once
+    FlatLoRACallback(sigma=sigma, **options)  # raises for wrong options at once
 
     class SwiftCallback(FlatLoRACallback):
         def __init__(self, args: Any, trainer: Any) -> None:

@@ -14,11 +14,10 @@ from typing import Any
 from torch import nn
 
 from ..optimizer import FlatLoRAOptimizer
-from ..targets import register
 
 
 class FlatLoRARecipe:
-    """Goes in front of a recipe, which may be one of torchtune's or your own::
+    """The first base class of a recipe, before one of torchtune's or your own::
 
         class Recipe(FlatLoRARecipe, LoRAFinetuneRecipeSingleDevice):
             pass
@@ -35,31 +34,21 @@ class FlatLoRARecipe:
 
     def _setup_optimizer(self, *args: Any, **kwargs: Any) -> FlatLoRAOptimizer:
         optimizer = super()._setup_optimizer(*args, **kwargs)  # type: ignore[misc]
-        describe(self._model)
         return FlatLoRAOptimizer.adopt(optimizer, self._model, total_steps="deferred", **self._flatlora)
 
     def _setup_lr_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        # Only now the recipe knows how long it is.
+        # Only now does the recipe know the number of steps.
         self._optimizer.total_steps = kwargs["num_training_steps"]
         if kwargs["last_epoch"] >= 0:
             self._optimizer.step_count = kwargs["last_epoch"] + 1
         return super()._setup_lr_scheduler(*args, **kwargs)  # type: ignore[misc]
 
 
-def describe(model: nn.Module) -> None:
-    """Registers torchtune's LoRA layers."""
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "lora_a") and hasattr(module, "lora_b") and hasattr(module, "weight"):
-            scaling = module.alpha / module.rank
-            register(module, lora_A="lora_a.weight", lora_B="lora_b.weight", scaling=scaling)
-
-
 def load_recipe(name: str) -> Any:
-    """The module of one of torchtune's recipes, which can't be imported by name.
+    """The module of one of torchtune's recipes, which Python can't import by name.
 
     Args:
-        name: As ``tune ls`` shows it, such as ``"lora_finetune_single_device"``.
+        name: The name that ``tune ls`` shows, such as ``"lora_finetune_single_device"``.
     """
     import torchtune
 

@@ -20,23 +20,24 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
 
         trainer = Trainer(model, args, ..., callbacks=[FlatLoRACallback(sigma=0.05)])
 
-    It wraps the optimizer that the trainer has built when training begins, and takes itself out when it
-    ends. ``args.optim``, learning rate, weight decay, scheduler and checkpoints stay the trainer's. The
+    When training begins, it wraps the optimizer that the trainer has built; when training ends, it unwraps
+    it. ``args.optim``, learning rate, weight decay, scheduler and checkpoints stay the trainer's. The
     length of the run and the step are the trainer's, too, also when it resumes or starts over. Each time
-    the trainer logs a loss, sigma and the noise norm of the last step go with it.
+    the trainer logs a loss, it also logs sigma and the noise norm of the last step. ``print(callback)`` shows
+    what is perturbed, also after training.
 
     Args:
-        optimizer: Only for an optimizer of your own, which the trainer was given as
-            ``optimizers=(optimizer, None)``. It stays in when training ends.
-        sigma: Noise strength, as of :class:`.FlatLoRAOptimizer`.
-        seed: Of the noise. The trainer's ``args.seed`` if it is None.
-        **options: Further ones of :class:`.FlatLoRAOptimizer`.
+        optimizer: Only for an optimizer of your own, which you gave to the trainer as
+            ``optimizers=(optimizer, None)``. It stays in place when training ends.
+        sigma: Noise strength, as in :class:`.FlatLoRAOptimizer`.
+        seed: The seed of the noise. By default, the trainer's ``args.seed``.
+        **options: Further options of :class:`.FlatLoRAOptimizer`.
 
     Raises:
         TypeError, ValueError: An option is unknown or out of range, or both or neither of ``optimizer``
-            and ``sigma`` were given.
-        RuntimeError: At the begin of training, if the trainer's optimizer can't be, or isn't, a
-            ``FlatLoRAOptimizer``.
+            and ``sigma`` are given.
+        RuntimeError: When training begins, if the trainer's optimizer is no ``FlatLoRAOptimizer`` and can't
+            become one.
     """
 
     def __init__(
@@ -57,13 +58,16 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
                 "give FlatLoRACallback either sigma, to wrap the trainer's optimizer, or an optimizer"
             )
         if sigma is None and (seed is not None or options):
-            raise TypeError("the options are those of the optimizer, which was given")
+            raise TypeError(
+                "options have no effect on an optimizer that is given: pass them to its constructor"
+            )
         seeded = options if seed is None else {"seed": seed, **options}
         self._options = None if sigma is None else checked_options(sigma=sigma, **seeded)
         self.optimizer = optimizer
-        """The one in use, if any."""
+        """The optimizer in use, if any."""
+        self._described = "has not wrapped an optimizer yet: that is done when training begins"
         self._handles: list[Any] = []
-        self._wanted: int | None = None  # the step whose metrics will be logged
+        self._wanted: int | None = None  # the step whose metrics the trainer will log
         self._metrics: dict[str, float] = {}
 
     # ------------------------------------------------------------------ the trainer's events
@@ -75,8 +79,8 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
             self.prepare(trainer)
 
     def prepare(self, trainer: Any) -> None:
-        """Lets the trainer call this callback before those that report what is logged; and with DeepSpeed,
-        which takes the optimizer apart, sees to it that the trainer makes the right one."""
+        """Makes the trainer call this callback before those that report logs. With DeepSpeed, which takes
+        the optimizer apart, also makes the trainer build a ``FlatLoRAOptimizer`` in the first place."""
         callbacks = trainer.callback_handler.callbacks
         callbacks.remove(self)
         callbacks.insert(0, self)
@@ -123,11 +127,11 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
         flat.total_steps = state.max_steps
         flat.step_count = state.global_step
         self._remove_hooks()
-        # The last moment at which a step's noise is known, also where the trainer doesn't step by itself.
+        # The last moment at which a step's noise is known, also if another object calls `step`.
         self._handles = [flat.register_step_pre_hook(self._measure), *_hook_cached_losses(trainer, flat)]
 
     def _check_missing(self, optimizer: Any, found: FlatLoRAOptimizer | None) -> None:
-        """Raises RuntimeError if training would go without the noise of this callback."""
+        """Raises RuntimeError if training would run without this callback's noise."""
         if found is not None:
             raise RuntimeError(
                 "the trainer has another FlatLoRAOptimizer than this callback: give it that one, "
@@ -170,7 +174,7 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is not None and "loss" in logs:
+        if logs is not None and "learning_rate" in logs:  # SetFit has another name for the loss
             logs.update(self._metrics)
             state.log_history[-1].update(self._metrics)
             self._metrics = {}
@@ -189,9 +193,9 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
 
     def _wrap(self, optimizer: Any, model: Any, args: TrainingArguments) -> FlatLoRAOptimizer:
         assert self._options is not None
-        self._take_out()  # a run that failed has left it
+        self._take_out()  # a run that failed may have left one
         options = {"seed": args.seed, **self._options}
-        model = getattr(model, "model_body", model)  # of a SetFitModel, which is no module
+        model = getattr(model, "model_body", model)  # a SetFitModel is no module, but has one
         self.optimizer = FlatLoRAOptimizer.adopt(optimizer, model, **options)
         return self.optimizer
 
@@ -200,21 +204,25 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
             handle.remove()
         self._handles = []
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self.optimizer or self._described}"
+
     def _take_out(self) -> None:
         if self.optimizer is not None:
+            self._described = repr(self.optimizer)
             self.optimizer.detach()
             self.optimizer = None
 
 
 def attach(trainer: Any, *, sigma: float, **options: Any) -> FlatLoRACallback:
-    """Flat-LoRA for a trainer that exists already.
+    """Adds Flat-LoRA to a trainer that exists already.
 
-    With DeepSpeed, ``trainer.add_callback(FlatLoRACallback(sigma=...))`` would come too late.
+    With DeepSpeed, ``trainer.add_callback(FlatLoRACallback(sigma=...))`` would be too late.
 
     Args:
         trainer: A ``transformers.Trainer``, before its ``train()``.
-        sigma: As of :class:`FlatLoRACallback`.
-        **options: As of :class:`FlatLoRACallback`.
+        sigma: As in :class:`FlatLoRACallback`.
+        **options: As in :class:`FlatLoRACallback`.
     """
     callback = FlatLoRACallback(sigma=sigma, **options)
     trainer.add_callback(callback)
@@ -223,10 +231,7 @@ def attach(trainer: Any, *, sigma: float, **options: Any) -> FlatLoRACallback:
 
 
 def _trainer_of(callback: FlatLoRACallback) -> Any:
-    """The trainer that is calling the callback right now, which no event tells.
-
-    None if it is none of transformers'.
-    """
+    """The trainer that is calling the callback, which events don't pass. None if it is not transformers'."""
     from transformers import Trainer
 
     frame = sys._getframe(1)
@@ -239,7 +244,7 @@ def _trainer_of(callback: FlatLoRACallback) -> Any:
 
 
 def _hook_cached_losses(trainer: Any, optimizer: FlatLoRAOptimizer) -> list[Any]:
-    """Lets both passes of sentence-transformers' cached losses see noise."""
+    """Makes both passes of sentence-transformers' cached losses see noise."""
     losses = getattr(trainer, "loss", None)
     handles = []
     loss: Any
@@ -249,7 +254,7 @@ def _hook_cached_losses(trainer: Any, optimizer: FlatLoRAOptimizer) -> list[Any]
         block = ExitStack()
 
         def begins(*_: Any, block: ExitStack = block) -> None:
-            if torch.is_grad_enabled():  # else it evaluates
+            if torch.is_grad_enabled():  # otherwise it evaluates
                 block.enter_context(optimizer.recomputed())
 
         def ends(*_: Any, block: ExitStack = block) -> None:

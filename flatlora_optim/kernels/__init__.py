@@ -1,25 +1,26 @@
-"""Making, adding and taking away noise, and the norms that it needs, in three ways that do the same.
+"""Making, adding and taking away noise, and the norms that it needs, in three implementations.
 
-===========  ========================================================================
-``triton``   for CUDA; ``jit`` is the code that is compiled for it
-``native``   for CPUs with a C compiler; ``build`` compiles and loads its C sources
-``plain``    torch operations, for everything else; ``journal`` is what they write down
-``part``     some rows of a weight while noise comes and goes: what each of them offers
-``seal``     whether somebody else writes to weights
-``grid``     how a weight is cut into blocks
-``threads``  work on several threads
-===========  ========================================================================
+=============  ======================================================================
+``triton``     for CUDA; ``jit`` is the code that is compiled for it
+``native``     for CPUs with a C compiler; ``build`` compiles and loads its C sources
+``plain``      torch operations, for everything else; ``journal``: which elements a subtraction misses
+``part``       some rows of a weight while noise comes and goes: the interface of all three
+``checksums``  whether somebody else writes to weights
+``grid``       how a weight is cut into blocks
+``threads``    work on several threads, and memory that is used again
+=============  ======================================================================
 
-``uncompiled`` keeps functions from being compiled, here and above.
+``uncompiled`` keeps functions out of ``torch.compile``, here and above.
 
-Each makes standard-normal numbers of its own; with the same numbers and scales, all of them add and
-take away the same bits.
+Each implementation has its own generator of standard-normal numbers. Given the same numbers and scales,
+all add and take away the same bits.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Iterable, Sequence
 from typing import Protocol, cast
 
@@ -41,26 +42,26 @@ class Kernels(Protocol):
 
     name: str
     blocks_at_once: int
-    """How many blocks to make one part of."""
+    """How many blocks go into one part."""
     Part: type[Part]
 
     def takes(self, noise: Recipe, weight: Tensor) -> bool:
-        """Whether the parts know noise and weights of this kind."""
+        """Whether the parts can work on this noise and this weight."""
         ...
 
     def fill(self, out: Tensor, key: Key, block: int) -> Tensor:
         """Overwrites contiguous float32 memory with the standard-normal numbers of a block."""
         ...
 
-    def probes(self, weights: Sequence[Tensor]) -> Tensor | list[int]:
-        """A number for each weight on one device, which changes with any of a few elements."""
+    def checksums(self, weights: Sequence[Tensor]) -> Tensor | list[int]:
+        """One number for each weight, all on one device. It changes if any of 64 elements does."""
         ...
 
     def squared_norms(self, products: Sequence[Product]) -> list[Tensor]:
         """``||(W + scaling * left @ right)[i]||^2`` of each, shape ``(m,)``, float32.
 
-        The weights are on one device. Each takes one pass over it. Native code and Triton round both
-        factors to bfloat16 for it.
+        The weights are on one device and are read once. Native code and Triton round both factors to
+        bfloat16.
         """
         ...
 
@@ -84,13 +85,13 @@ def parts_of(
 
 
 def perturb(parts: Iterable[Part]) -> None:
-    """Puts the noise of one step on parts of any weights. On an exception, some of them may carry it."""
+    """Puts one step's noise on parts of any weights. After an exception, some of them may carry it."""
     for kind, some in _by_kind(parts).items():
         kind.perturb_all(some)
 
 
 def restore(parts: Iterable[Part]) -> None:
-    """Brings back those that are perturbed. On an exception, some of them may still be."""
+    """Brings back those that are perturbed. After an exception, some of them may still be."""
     for kind, some in _by_kind(part for part in parts if part.is_perturbed).items():
         kind.restore_all(some)
 
@@ -112,7 +113,7 @@ def _by_kind(parts: Iterable[Part]) -> dict[type[Part], list[Part]]:
 
 @functools.cache
 def kernels_of(device: torch.device) -> Kernels:
-    """The fastest that run on the device."""
+    """The fastest kernels that run on the device."""
     if has_triton(device):
         from . import triton
 
@@ -121,7 +122,7 @@ def kernels_of(device: torch.device) -> Kernels:
 
 
 def kernels_for(noise: Recipe, weight: Tensor) -> Kernels:
-    """The fastest that take this noise and this weight, or its local part."""
+    """The fastest kernels that take this noise and this weight, or its local part."""
     kernels = kernels_of(weight.device)
     return kernels if kernels.takes(noise, weight) else cast(Kernels, plain)
 
@@ -129,10 +130,10 @@ def kernels_for(noise: Recipe, weight: Tensor) -> Kernels:
 @functools.cache
 def has_triton(device: torch.device) -> bool:
     """Whether the Triton kernels run on the device."""
-    # The interpreter has the addresses of tensors, which only those of the CPU let it follow.
+    # Triton's interpreter reads memory by its address, which works on the CPU only.
     if device.type != ("cpu" if interprets_triton() else "cuda"):
         return False
-    if importlib.util.find_spec("triton") is None:
+    if importlib.util.find_spec("triton") is None or os.environ.get("FLATLORA_TRITON") == "0":
         return False
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _OLDEST_GPU:
         return False

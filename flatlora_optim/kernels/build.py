@@ -1,7 +1,7 @@
-"""Building and loading ``native.c`` and ``norms.c``: by the C compiler that is there, at the first use.
+"""Compiles and loads ``native.c`` and ``norms.c``, at the first use.
 
 The library is kept in the user's cache folder, and loaded from there unless somebody else may have
-written it. ``FLATLORA_NATIVE=0`` in the environment does without it, ``CC`` names the compiler.
+written it. ``FLATLORA_NATIVE=0`` in the environment switches it off, ``CC`` names the compiler.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FOLDER = Path(__file__).parent
 _SOURCES = _FOLDER / "native.c", _FOLDER / "norms.c"
 _HEADER = _FOLDER / "shared.h"
 
-# Without contraction all operations are rounded one by one, and the numbers are the same everywhere.
+# Without contraction, each operation is rounded by itself and the numbers are the same everywhere.
 _FLAGS = (
     "-O3",
     "-std=c99",
@@ -45,13 +45,13 @@ _VECTOR_FLAGS = {
 _TIME_LIMIT = 120.0
 
 _KNOWN_SUM = -34_121_550_101
-"""Of the bit patterns of the first 4096 numbers for ``_KNOWN_KEY`` in block 5."""
+"""The sum of the bit patterns of the first 4096 numbers for ``_KNOWN_KEY`` in block 5."""
 
 _KNOWN_KEY = (1, 2, 3, 4)
 
 
 def library() -> ctypes.CDLL:
-    """The library, where it is available."""
+    """The library, if ``library_or_none`` has one."""
     found = library_or_none()
     assert found is not None
     return found
@@ -59,27 +59,27 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def library_or_none() -> ctypes.CDLL | None:
-    """The library, or None where it can't be had."""
+    """The library, or None if it can't be built or loaded."""
     compiler = find_compiler()
     if os.environ.get("FLATLORA_NATIVE") == "0":
         return None
     if compiler is None:
         if os.environ.get("CC"):
             warnings.warn(
-                f"there is no compiler CC={os.environ['CC']!r}, so noise takes several times as long. "
-                "Mend CC, or set FLATLORA_NATIVE=0 to do without",
+                f"there is no compiler CC={os.environ['CC']!r}, so adding noise is several times slower. "
+                "Fix CC, or set FLATLORA_NATIVE=0 to silence this",
                 stacklevel=2,
             )
         return None
     try:
         found = load(compiler)
         if _first_numbers(found) != _KNOWN_SUM:
-            raise OSError(f"{' '.join(compiler)} computes other numbers than it should")
+            raise OSError(f"code compiled by {' '.join(compiler)} computes wrong numbers")
     except (OSError, subprocess.SubprocessError) as error:
         warnings.warn(
-            "the native kernels could not be built, so noise takes several times as long: "
+            "the native kernels could not be built, so adding noise is several times slower: "
             f"{getattr(error, 'stderr', None) or error}\n"
-            "Mend the C compiler, or set FLATLORA_NATIVE=0 to do without",
+            "Fix the C compiler, or set FLATLORA_NATIVE=0 to silence this",
             stacklevel=2,
         )
         return None
@@ -87,7 +87,7 @@ def library_or_none() -> ctypes.CDLL | None:
 
 
 def find_compiler() -> list[str] | None:
-    """A C compiler, as the beginning of a command: CC may be "ccache gcc"."""
+    """The command of a C compiler. It may have several words: CC may be "ccache gcc"."""
     if os.name == "nt":
         return None
     chosen = os.environ.get("CC")
@@ -104,12 +104,12 @@ def load(compiler: list[str]) -> ctypes.CDLL:
     with suppress(OSError):  # not there, or damaged
         if _is_ours_alone(kept.lstat()) and _is_ours_alone(kept.parent.stat()):
             return _declared(ctypes.CDLL(str(kept)))
-    with tempfile.TemporaryDirectory() as folder:  # which nobody else may enter
+    with tempfile.TemporaryDirectory() as folder:  # nobody else may enter it
         fresh = Path(folder, kept.name)
         command += [*map(str, _SOURCES), "-o", str(fresh), "-lm"]
         try:
             _compile(command)
-        except subprocess.CalledProcessError:  # an assembler that is older than the compiler, perhaps
+        except subprocess.CalledProcessError:  # perhaps the assembler is older than the compiler
             _compile([*command, "-DWITHOUT_PAIRS"])
         found = _declared(ctypes.CDLL(str(fresh)))
         _keep(fresh, kept)
@@ -124,24 +124,24 @@ def _cache_folder() -> Path:
     chosen = os.environ.get("XDG_CACHE_HOME")
     with suppress(RuntimeError):  # a user without a home
         return Path(chosen or Path("~/.cache").expanduser(), "flatlora-optim")
-    return Path(os.devnull)  # where nothing is kept
+    return Path(os.devnull)  # nothing can be kept there
 
 
 def _is_ours_alone(status: os.stat_result) -> bool:
     """Whether a file or folder belongs to this user, and nobody else can write it.
 
-    Whoever can write a library runs code as everyone who loads it.
+    Whoever writes a library can run code as anyone who loads it.
     """
     return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _keep(fresh: Path, kept: Path) -> None:
-    """For the next process; other processes may do the same at the same time."""
+    """Keeps the library for later processes. Other processes may do the same at the same time."""
     with suppress(OSError):  # a read-only home: each process builds its own
         kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_ours_alone(kept.parent.stat()):
             warnings.warn(
-                f"the native kernels are built anew in each process, because others can write {kept.parent}. "
+                f"each process builds the native kernels again, because others can write {kept.parent}. "
                 "Remove that folder, or set XDG_CACHE_HOME to one of your own",
                 stacklevel=2,
             )
@@ -159,14 +159,14 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "restore": (pointer,),
         "clean": (pointer, pointer),
         "forget": (pointer,),
-        "digest": (pointer, size, size, size),
+        "checksum": (pointer, size, size, size),
         "squared_norms": (pointer,),
         "norm_room": (size,),
     }
     for name, argtypes in signatures.items():
         function = getattr(library, f"flatlora_{name}")
         function.argtypes, function.restype = argtypes, None
-    library.flatlora_digest.restype = ctypes.c_uint64
+    library.flatlora_checksum.restype = ctypes.c_uint64
     library.flatlora_norm_room.restype = size
     return library
 

@@ -8,18 +8,18 @@ from .threads import rows_at_once
 
 
 class Grid(NamedTuple):
-    """How a weight is cut into blocks of whole rows along dim 0.
+    """How a weight is cut into blocks of whole rows.
 
-    Rows are those of memory here, along dim 0: of a transposed weight, its inputs.
+    Here, rows always run along dim 0: in a transposed weight, a row belongs to an input.
 
     Args:
         rows: Size of the whole (unsharded) weight along dim 0.
         row_size: Elements in one such row.
         device_type: Blocks are larger on accelerators.
         first_block: Number of the weight's first block among all blocks of the model.
-        first_row: Where the local part of a sharded weight starts in the whole one.
+        first_row: Where the local part of a sharded weight begins in the whole weight.
         columns: Which elements of each row the local part holds.
-        group: Of experts that are stored transposed, how many rows each has. Blocks keep within one.
+        group: Rows of each expert, if experts are stored transposed. No block crosses into another.
     """
 
     rows: int
@@ -45,7 +45,7 @@ class Grid(NamedTuple):
         """Cuts local rows ``[0, local_rows)`` at the whole weight's block boundaries.
 
         Args:
-            blocks: How many blocks to leave together.
+            blocks: How many blocks to keep together.
         """
         spans, lo, rows = [], 0, blocks * self.rows_per_block
         while lo < local_rows:

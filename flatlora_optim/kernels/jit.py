@@ -1,12 +1,12 @@
 """The code of the Triton kernels: each is one launch over all weights of a device and dtype.
 
 A program works on one tile of one weight, which a table in the device's memory describes. The numbers
-are those of ``native.c``, to the bit: Philox-4x32-10 (Salmon et al. 2011), of whose four words none is
-thrown away, and a Box-Muller transform that consists of operations which IEEE 754 rounds one by one. So
-the kernels must be compiled without contraction (``enable_fp_fusion=False``).
+are those of ``native.c``, to the bit: Philox-4x32-10 (Salmon et al. 2011), all four words of it, and a
+Box-Muller transform of operations that IEEE 754 rounds one by one. So the kernels must be compiled
+without contraction (``enable_fp_fusion=False``).
 
-Where perturb and restore stand is known on the device alone, tile by tile: ``counts`` has -1 for a tile
-without noise, and else the number of its journal's entries. Both may be launched again at any time.
+Only the device knows how far perturb and restore have come, tile by tile: ``counts`` is -1 for a tile
+without noise, else the number of its journal's entries. Both may be launched again at any time.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from .threads import interprets_triton
 INTERPRETED = tl.constexpr(interprets_triton())
 
 FIELDS = tl.constexpr(13)
-"""Numbers that an entry of the table has for its weight: see ``_description`` in ``triton``."""
+"""Numbers per weight in the table: see ``_description`` in ``triton``."""
 
 NOTHING, JOURNAL, COPY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """What is kept of the clean weight."""
 
 CURSOR, LOST, CAPACITY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-"""Of the control block: entries that the journal was asked to hold, tiles that it had no room for, and
-the entries that there is room for."""
+"""The control block: entries that tiles have asked for, tiles that found no room, and entries that there
+is room for."""
 
-_CHUNK = tl.constexpr(256)  # entries of the journal that are put back at once
+_CHUNK = tl.constexpr(256)  # journal entries that are put back at once
 
-# What is new at each call: no variant is to be compiled for its divisors.
+# Arguments that change with each call: Triton must not compile a variant for their divisors.
 _STEP = ["first", "elsewhere", "key0", "key1", "step", "replica", "block"]
 
 
@@ -267,7 +267,7 @@ def _perturb(
         m1 = _missed(w1, s1, e1, o1, lo, hi, BITS, REGULAR)
         m2 = _missed(w2, s2, e2, o2, lo, hi, BITS, REGULAR)
         m3 = _missed(w3, s3, e3, o3, lo, hi, BITS, REGULAR)
-        # Each thread counts what it has before threads compare: in which order entries come is all the same.
+        # Each thread counts its own entries first. Their order does not matter.
         missed = tl.reshape(m0 + m1 + m2 + m3, (TILE // 4 // THREADS, THREADS))
         of_thread = tl.sum(missed, 0)
         count = tl.sum(of_thread, 0)
@@ -313,8 +313,8 @@ def perturb_kernel(
     Args:
         entries: Which entry of the table each tile belongs to.
         first: The number of the first tile.
-        elsewhere: The address of memory that takes the weight's place, or 0.
-        counts: None to put noise on whatever is there.
+        elsewhere: The address of memory to write in place of the weight, or 0.
+        counts: None to add the noise without a record of it.
         REGULAR: Whether all tiles are regular.
         THREADS: Of a program.
     """
@@ -322,7 +322,7 @@ def perturb_kernel(
     todo = index >= 0
     if counts is not None:
         todo = tl.load(counts + index) < 0
-        tl.debug_barrier()  # before any thread of this program says otherwise
+        tl.debug_barrier()  # before any thread of this program changes it
     if todo:
         entry = table + tl.load(entries + index) * FIELDS
         tile = index - tl.load(entry + 2).to(tl.int32)
@@ -368,7 +368,7 @@ def _restore(
         _put(pointer, o + 512, _rounded_sum(w2, -e2, DTYPE), lo, hi, REGULAR)
         _put(pointer, o + 768, _rounded_sum(w3, -e3, DTYPE), lo, hi, REGULAR)
     if KEEP == JOURNAL:
-        # Other threads of this program have just stored the elements that come now.
+        # Other threads of this program have just stored the elements that are corrected now.
         tl.debug_barrier()
         start = tl.load(starts + index)
         for chunk in range(0, count, _CHUNK):
@@ -384,10 +384,10 @@ def restore_kernel(
     table, entries, first, elsewhere, scales, key0, key1, step, replica, positions, originals, starts, counts,
     DTYPE: tl.constexpr, KEEP: tl.constexpr, REGULAR: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Brings W back in all tiles that carry noise; ``elsewhere``, a copy of W is brought back instead."""
+    """Brings W back in all tiles that carry noise, or with ``elsewhere`` a copy of W."""
     index = tl.program_id(0) + first
     count = tl.load(counts + index)
-    tl.debug_barrier()  # before any thread of this program says otherwise
+    tl.debug_barrier()  # before any thread of this program changes it
     if count >= 0:
         entry = table + tl.load(entries + index) * FIELDS
         tile = index - tl.load(entry + 2).to(tl.int32)
@@ -498,11 +498,11 @@ def _mixed(x):
 
 
 @triton.jit
-def probe_kernel(table, out):
-    """A number for each weight that changes with any of a few elements.
+def checksum_kernel(table, out):
+    """A number for each weight, which changes if any of the sampled elements does.
 
     Args:
-        table: Of each weight the address, the distance between probed elements, their number, and the
+        table: For each weight its address, the distance between sampled elements, their number, and the
             size of an element.
     """
     weight = tl.program_id(0)

@@ -1,8 +1,8 @@
-"""What ``round(round(W + eps) - eps)`` gets wrong, written down.
+"""The elements where ``round(round(W + eps) - eps)`` is not W.
 
-The subtraction misses W only where the sum moved into a coarser binade: 4.6 % of the elements
-of a bf16 weight at sigma = 0.05, 7.5 % in fp32. Their positions and by how many units in the
-last place they are missed are the side information without which no exact inverse exists.
+The subtraction misses W only where the sum moved into a coarser binade: in 4.6 % of the elements
+of a bf16 weight at sigma = 0.05, 7.5 % in fp32. Without their positions, and by how many units in the last
+place each is missed, there is no exact inverse.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Journal:
     Args:
         low: The lower 16 bits of each position, ascending within a segment, int16.
         corrections: What to add to the bit patterns there, int16 if all of them fit.
-        starts: Upper bits are kept once per segment of 65,536 elements: the number of entries
-            before each segment and, last, of all. None if there is one segment only.
+        starts: The number of entries before each segment of 65,536 elements and, last, of all entries:
+            it stands for the upper bits. None if there is only one segment.
     """
 
     def __init__(self, low: Tensor, corrections: Tensor, starts: Tensor | None) -> None:
@@ -32,16 +32,16 @@ class Journal:
 
         Args:
             original: The bit patterns before the perturbation. Contiguous.
-            restored: Those that the subtraction alone would bring back. Overwritten.
+            restored: The bit patterns that the subtraction alone would bring back. Overwritten.
         """
-        # Integers wrap around: any two bit patterns have a difference.
+        # Integers wrap around, so any two bit patterns have a difference.
         missed = torch.sub(original, restored, out=restored).view(-1)
-        positions = _where(missed.to(torch.bool))
+        positions = missed.nonzero().view(-1)
         starts = None
         if missed.numel() > SEGMENT:
             bounds = torch.arange(0, missed.numel() + SEGMENT, SEGMENT, device=missed.device)
             starts = torch.searchsorted(positions, bounds)
-        # uint16 has few kernels; wrapping into int16 keeps the same bits.
+        # torch has few operations on uint16; int16 holds the same bits.
         return cls(positions.to(torch.int16), narrowed(missed.index_select(0, positions)), starts)
 
     def correct(self, flat: Tensor) -> None:
@@ -59,28 +59,9 @@ class Journal:
 
 
 def narrowed(corrections: Tensor) -> Tensor:
-    """The integers in 16 bits, if all of them fit."""
+    """The same integers, in 16 bits if all of them fit."""
     if corrections.element_size() > 2:
         low, high = corrections.aminmax() if corrections.numel() else (0, 0)
         if low >= -(1 << 15) and high < 1 << 15:
             return corrections.to(torch.int16)
     return corrections
-
-
-def _numpy_is_there() -> bool:
-    try:
-        torch.empty(0, device="cpu").numpy()
-    except RuntimeError:
-        return False
-    return True
-
-
-_HAS_NUMPY = _numpy_is_there()
-
-
-def _where(mask: Tensor) -> Tensor:
-    """Ascending positions of the true elements of a flat mask, int64."""
-    if _HAS_NUMPY and mask.device.type == "cpu":
-        # Where a few per cent are true, four times as fast as torch's own.
-        return torch.from_numpy(mask.numpy().nonzero()[0])
-    return mask.nonzero().view(-1)

@@ -1,11 +1,11 @@
 /* Noise, made, added and journaled in one pass over the weight.
  *
- * Plain C whose loops the compiler vectorizes. It must be compiled without contraction
- * (-ffp-contract=off): then every operation is rounded by itself and the numbers are the same on
- * every processor, whatever its vectors look like.
+ * Plain C, whose loops the compiler vectorizes. It must be compiled without contraction
+ * (-ffp-contract=off): then each operation is rounded by itself and the numbers are the same on
+ * every processor.
  *
- * Gaussians come from Philox-4x32-10 (Salmon et al. 2011) through the Box-Muller transform. Its key is
- * the run's; its counter has the place in the block, the block, the step and the replica, so that no two
+ * Gaussians come from Philox-4x32-10 (Salmon et al. 2011) through the Box-Muller transform. The key is
+ * the run's; the counter holds the place in the block, the block, the step and the replica, so that no two
  * blocks of a run share numbers.
  */
 
@@ -100,7 +100,7 @@ static void gaussian_tile(const Key key, uint32_t block, int64_t tile, float *z)
 
 /* ------------------------------------------------------------------------ rounded sums */
 
-/* w[i] += eps[i], and what a subtraction of eps would miss then. */
+/* w[i] += eps[i]; missed[i] is by how much a subtraction of eps would miss w[i]. */
 INLINE void add_journaled(int format, void *w, const float *eps, int n, int32_t *missed) {
     for (int i = 0; i < n; i++) {
         uint32_t right = bits_at(format, w, i), sum = rounded_sum(format, value_of(format, right), eps[i]);
@@ -130,7 +130,7 @@ typedef struct {
     int32_t transposed; /* whether the scales run along a row instead of over rows */
 } Noise;
 
-/* memcpy into memory that is not needed soon: around the caches, and without reading it first. */
+/* memcpy past the caches, for memory that is not needed soon. */
 static void stream(void *to, const void *from, size_t bytes) {
 #ifdef __SSE2__
     size_t head = (0u - (size_t)to) % 16 < bytes ? (0u - (size_t)to) % 16 : bytes;
@@ -145,7 +145,7 @@ static void stream(void *to, const void *from, size_t bytes) {
 #endif
 }
 
-/* Ends a call: what was streamed is visible to other threads before anything that follows. */
+/* Ends a call: other threads see what was streamed before they see anything later. */
 static void settle(Mode before) {
 #ifdef __SSE2__
     _mm_sfence();
@@ -227,7 +227,7 @@ typedef struct {
     int32_t missed[SEGMENT];
 } Room;
 
-/* Adds what is missed among n elements from `at` on to the room's entries. Returns their new number. */
+/* Adds what is missed of n elements, from `at` on, to the room's entries. Returns their new number. */
 static int32_t record(const int32_t *missed, int at, int n, int32_t entries, Room *room) {
     uint8_t is_missed[TILE];
     for (int i = 0; i < n; i++) is_missed[i] = missed[i] != 0;
@@ -291,7 +291,7 @@ static int32_t perturb_segment(const Part *part, int64_t segment, Room *room) {
     return entries;
 }
 
-/* Brings a segment of `into`, the weight or a copy of it, back. */
+/* Restores a segment of `into`: of the weight, or of a copy of it. */
 static void restore_segment(const Part *part, int64_t segment, void *into) {
     int format = part->format;
     size_t width = width_of(format);
@@ -321,7 +321,7 @@ static void restore_segment(const Part *part, int64_t segment, void *into) {
     }
 }
 
-/* Gives the memory of the journals back, and the rows to whoever writes them next. */
+/* Frees the journals and gives up the rows without writing them. */
 void flatlora_forget(Part *part) {
     for (int64_t segment = 0; part->journals && segment < segments_of(part); segment++)
         free(part->journals[segment].differences);
@@ -356,7 +356,7 @@ static int perturb_part(Part *part, Room *room) {
     return 1;
 }
 
-/* W += eps in parts. One for whose journal there is no memory stays as it is, and `failed` is set. */
+/* W += eps in parts. A part for whose journal there is no memory stays as it is, and `failed` is set. */
 void flatlora_perturb(Task *task) {
     Mode before = set_mode(STANDARD_MODE);
     Room *room = room_of(task);
@@ -386,11 +386,11 @@ void flatlora_clean(const Part *part, void *copy) {
     settle(before);
 }
 
-/* A number that changes, but for a chance of 2^-64, with any of `count` elements (FNV-1a). */
-uint64_t flatlora_digest(const void *weight, int64_t count, int64_t stride, int64_t width) {
-    uint64_t digest = 0xCBF29CE484222325u;
+/* A hash of `count` elements (FNV-1a). */
+uint64_t flatlora_checksum(const void *weight, int64_t count, int64_t stride, int64_t width) {
+    uint64_t checksum = 0xCBF29CE484222325u;
     for (int64_t i = 0; i < count; i++)
         for (int64_t byte = 0; byte < width; byte++)
-            digest = (digest ^ ((const uint8_t *)weight)[i * stride * width + byte]) * 0x100000001B3u;
-    return digest;
+            checksum = (checksum ^ ((const uint8_t *)weight)[i * stride * width + byte]) * 0x100000001B3u;
+    return checksum;
 }

@@ -1,7 +1,8 @@
 """The kernels of ``native.c`` and ``norms.c``.
 
-Noise is made, added and journaled in one pass over the weight, many times as fast as torch
-operations can. One call works on many weights, however small, on all of torch's threads.
+Noise is made, added and journaled in one pass over the weight, many times as fast as by torch
+operations. One call works on many weights, however small, on all of torch's threads. In C, a cycle of
+perturb and restore is ``perturb_segment`` and ``restore_segment``.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from . import part, plain
 from .build import library, library_or_none
 from .part import Keep, Key, Recipe
 from .plain import Product
-from .threads import for_each, lasting_empty, scratch
+from .threads import for_each, scratch
 
 name = "native C"
 blocks_at_once = 4
 
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MOST = 1 << 23  # elements to work on in one call, about ten milliseconds: an interrupt has to wait for it
+_MOST = 1 << 23  # elements in one call: an interrupt waits for it, for about ten milliseconds
 _WORTH_A_THREAD = 1 << 15
-_ROWS = 1 << 19  # elements of the rows whose norms are one piece of work
+_ROWS = 1 << 19  # elements per piece of work when norms are computed
 _GROUP = 4  # rows that norms.c works on together
 
 _ROOM = (1 << 16) * (2 + 4)  # bytes of a Room of native.c
@@ -113,34 +114,31 @@ def fill(out: Tensor, key: Key, block: int) -> Tensor:
     return out
 
 
-def probes(weights: Sequence[Tensor]) -> list[int]:
-    return [_probe(weight) for weight in weights]
+def checksums(weights: Sequence[Tensor]) -> list[int]:
+    return [_checksum(weight) for weight in weights]
 
 
-def _probe(weight: Tensor) -> int:
+def _checksum(weight: Tensor) -> int:
     if not weight.is_contiguous():
-        return int(plain.probe(weight))
+        return int(plain.checksum(weight))
     numel = weight.numel()
-    stride = max(1, numel // plain.PROBES)
-    count, width = min(plain.PROBES, numel), weight.element_size()
-    digest: int = library().flatlora_digest(weight.data_ptr(), count, stride, width)
-    return digest
+    stride = max(1, numel // plain.SAMPLES)
+    count, width = min(plain.SAMPLES, numel), weight.element_size()
+    checksum: int = library().flatlora_checksum(weight.data_ptr(), count, stride, width)
+    return checksum
 
 
 class Part(part.Part):
-    """C itself keeps what is known of a part: no exception of Python's can come in between."""
+    """C keeps the state of a part: no Python exception can come in between."""
 
-    def __init__(
-        self, rows: Tensor, noise: Recipe, lo: int, hi: int, keep: Keep, copy: Tensor | None = None
-    ) -> None:
-        super().__init__(rows, noise, lo, hi, keep, copy)
+    def _prepare(self) -> None:
         self._library = library()
         self._record = _Part(
-            weight=rows.data_ptr(),
-            copy=None if copy is None else copy.data_ptr(),
-            numel=rows.numel(),
-            format=_FORMATS[rows.dtype],
-            keeps_journal=keep is Keep.JOURNAL,
+            weight=self.rows.data_ptr(),
+            copy=None if self.copy is None else self.copy.data_ptr(),
+            numel=self.rows.numel(),
+            format=_FORMATS[self.rows.dtype],
+            keeps_journal=self.keep is Keep.JOURNAL,
         )
 
     @property
@@ -150,12 +148,6 @@ class Part(part.Part):
     @property
     def nbytes(self) -> int:
         return int(self._record.journal_bytes)
-
-    def perturb(self) -> None:
-        self.perturb_all([self])
-
-    def restore(self) -> None:
-        self.restore_all([self])
 
     def clean(self, copy: Tensor) -> None:
         self._describe_noise()
@@ -167,21 +159,20 @@ class Part(part.Part):
     @classmethod
     def perturb_all(cls, parts: Sequence[Part]) -> None:  # type: ignore[override]
         if not _write("perturb", parts, _ROOM):
-            raise MemoryError("no memory is left to journal what a subtraction of the noise would miss")
+            raise MemoryError("out of memory for the journal of elements that a subtraction would miss")
 
     @classmethod
     def restore_all(cls, parts: Sequence[Part]) -> None:  # type: ignore[override]
         _write("restore", parts, 0)  # which must not depend on there being memory
 
     def _describe_noise(self) -> None:
-        """Says what noise it is, where that is needed and not known: numbers that lie in memory may have
-        changed since last time."""
+        """Describes the noise to C, unless that was done before: numbers in memory may have changed since."""
         comes_from_a_copy = self.is_perturbed and self.copy is not None
         if comes_from_a_copy or (self.noise.is_seeded and self._record.noise.scales):
             return
         noise, lo, hi = self.noise, self.lo, self.hi
         scales = noise.scales_of(lo, hi)
-        # Addresses are all that C gets: the tensors have to live as long as they are in use.
+        # C gets addresses only: the tensors must live as long as it uses them.
         self._alive = [scales]
         numbers, offset = noise.blocks(lo, hi)
         tables = None
@@ -205,7 +196,7 @@ class Part(part.Part):
 def _write(function: str, parts: Sequence[Part], room_size: int) -> bool:
     for each in parts:
         each._describe_noise()
-        increment_version(each.rows)  # autograd is to see that the weight was written
+        increment_version(each.rows)  # so that autograd sees that the weight was written
     records = [each._record for each in parts]
     return _share_out(function, records, [record.numel for record in records], room_size)
 
@@ -218,7 +209,7 @@ def squared_norms(products: Sequence[Product]) -> list[Tensor]:
 
 
 def _squared_norms(products: Sequence[Product]) -> list[Tensor]:
-    # The factors, too, have to live as long as their addresses are in use.
+    # C gets addresses only: the factors must live as long as it uses them.
     factors = [_factors(products, 1), _factors(products, 2)]
     outs, tasks, sizes = [], [], []
     for product, left, right in zip(products, *factors, strict=True):
@@ -260,28 +251,22 @@ def _factors(products: Sequence[Product], which: int) -> list[Tensor]:
 def _share_out(
     function: str, records: Sequence[ctypes.Structure], sizes: Sequence[int], room_size: int
 ) -> bool:
-    """Has the function of the library work on all records, on as many threads as torch uses.
+    """Runs the library's function on all records, on as many threads as torch uses.
 
     Args:
         function: Its name.
-        sizes: How many elements each record stands for.
+        sizes: Elements of each record.
         room_size: Bytes that each thread needs.
 
     Returns:
-        Whether it succeeded in all.
+        Whether all succeeded.
     """
     # The largest first, so that no thread is left with one while the others have finished.
     order = sorted(range(len(records)), key=lambda i: -sizes[i])
     items = (ctypes.c_void_p * len(records))(*[ctypes.addressof(records[i]) for i in order])
     threads = min(torch.get_num_threads(), len(records), 1 + sum(sizes) // _WORTH_A_THREAD)
     team = _torch_team()
-    numel, device = threads * room_size, torch.device("cpu")
-    # Threads of our own may still be at work when something else begins here, after an interrupt, say.
-    rooms = (
-        scratch("rooms", (numel,), torch.uint8, device)
-        if team
-        else lasting_empty((numel,), torch.uint8, device)
-    )
+    rooms = scratch("rooms", (threads * room_size,), torch.uint8, torch.device("cpu"))
     task = _Task(ctypes.addressof(items), rooms.data_ptr(), room_size, len(records), 0, _MOST)
     task.alive = items, rooms, records
     work = getattr(library(), f"flatlora_{function}")
@@ -298,8 +283,8 @@ def _share_out(
 def _torch_team() -> Callable[..., None] | None:
     """``GOMP_parallel(function, data, num_threads, flags)`` of the OpenMP library that torch has loaded.
 
-    Its threads are those of torch's own operations, which the system has spread over the cores. None
-    in a forked process: they do not survive a fork, and it would wait for them for ever.
+    Its threads run torch's own operations, too, and are spread over the cores already. None in a forked
+    process: threads do not survive a fork, and the call would wait for them for ever.
     """
     if _was_forked:
         return None

@@ -24,24 +24,23 @@ class Key(Protocol):
         ...
 
     def block_seed(self, block: int, bits: int) -> int:
-        """For generators that take a seed of so many bits."""
+        """A seed of this many bits, for generators that take one number."""
         ...
 
 
 class Keep(Enum):
-    """What is kept of the clean rows, so that they can come back."""
+    """What is kept to bring the clean rows back."""
 
     NOTHING = "nothing"
     """The noise is subtracted, which rounds."""
     JOURNAL = "journal"
-    """What the subtraction will miss."""
+    """The elements that the subtraction will miss."""
     COPY = "copy"
-    """All of them."""
+    """The rows themselves."""
 
 
 class Recipe(Protocol):
-    """What kernels ask of a weight's noise. It is :class:`flatlora_optim.noise.Noise`, which is built on
-    them."""
+    """What kernels ask of a weight's noise, which is a :class:`flatlora_optim.noise.Noise`."""
 
     grid: Grid
     scales: Tensor
@@ -62,7 +61,7 @@ class Recipe(Protocol):
 
 
 def read(tensor: Tensor) -> list[Any]:
-    """Waits for the device, and has its answer: nothing else in the package does so at each step."""
+    """The tensor's values. Waits for the device, as nothing else in the package does at each step."""
     values: list[Any] = tensor.tolist()
     return values
 
@@ -77,8 +76,8 @@ def refuse_capture(device: torch.device) -> None:
     if is_captured(device):
         raise RuntimeError(
             "noise can't come or go while a CUDA graph is captured: each replay would repeat the noise of "
-            "one step. Capture forward and backward alone, of weights that are perturbed in place, with "
-            "`auto=False`, and replay the graph inside of `with optimizer.perturbed():`"
+            "one step. Capture forward and backward alone, of weights that are perturbed in place or by "
+            "low-rank noise, with `auto=False`, and replay the graph inside of `with optimizer.perturbed():`"
         )
 
 
@@ -86,14 +85,14 @@ class Part:
     """Local rows ``[lo, hi)`` of a weight, and the noise for them.
 
     Whatever interrupts its methods, a part knows whether its rows carry the noise. Each module of
-    kernels has its own kind of part.
+    kernels has its own subclass.
 
     Args:
         rows: A view of the rows.
         noise: The weight's noise.
-        lo, hi: Their place in the local part of the weight.
-        keep: What brings them back.
-        copy: Memory for them, if ``keep`` says so.
+        lo, hi: Where the rows are in the local part of the weight.
+        keep: What brings the rows back.
+        copy: Memory for the rows, with ``Keep.COPY``.
     """
 
     def __init__(
@@ -101,13 +100,17 @@ class Part:
     ) -> None:
         self.rows, self.noise, self.lo, self.hi = rows, noise, lo, hi
         self.keep, self.copy = keep, copy
-        self._storage = rows.untyped_storage()  # stays, even if the tensor is given another
+        self._storage = rows.untyped_storage()  # kept alive, even if the tensor gets another
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """For what a subclass needs further."""
 
     is_perturbed = False
     """Whether the rows carry the noise right now."""
 
     memory: Any = None
-    """What is kept between steps, by whoever holds it."""
+    """What stays allocated between steps, for as long as somebody holds it."""
 
     _journal: Any = None
 
@@ -116,35 +119,27 @@ class Part:
         """Memory that the journal takes."""
         return 0 if self._journal is None else int(self._journal.nbytes)
 
-    def perturb(self) -> None:
-        """``rows += eps``."""
-        raise NotImplementedError
-
-    def restore(self) -> None:
-        """Brings the rows back, if they are perturbed."""
-        raise NotImplementedError
-
     def clean(self, copy: Tensor) -> None:
-        """Brings a copy of the perturbed rows back, and leaves the rows as they are."""
+        """Removes the noise from a copy of the perturbed rows. The rows keep it."""
         raise NotImplementedError
 
     def forget(self) -> None:
-        """Leaves the rows as they are: they belong to somebody else now."""
+        """Gives up the rows without writing them."""
         self.is_perturbed, self._journal = False, None
 
     @classmethod
     def perturb_all(cls: type[P], parts: Sequence[P]) -> None:
-        """Perturbs parts of this kind, on the CPU several at once."""
-        visit(cls.perturb, parts)
+        """``rows += eps`` in each part."""
+        raise NotImplementedError
 
     @classmethod
     def restore_all(cls: type[P], parts: Sequence[P]) -> None:
-        """Restores parts of this kind, on the CPU several at once."""
-        visit(cls.restore, parts)
+        """Brings back the rows of those parts that are perturbed."""
+        raise NotImplementedError
 
     @classmethod
     def add_all(cls: type[P], parts: Sequence[P]) -> None:
-        """Perturbs parts of this kind that will not be restored."""
+        """``perturb_all`` for parts that will not be restored."""
         cls.perturb_all(parts)
 
 

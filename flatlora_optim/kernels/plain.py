@@ -10,18 +10,18 @@ from torch import Tensor
 
 from . import part
 from .journal import Journal
-from .part import Keep, Key, Recipe
+from .part import Keep, Key, Recipe, visit
 from .threads import rows_at_once, scratch
 
 name = "torch operations"
-blocks_at_once = 1  # what is made in between stays in a core's own cache
+blocks_at_once = 1  # so that intermediate results stay in a core's own cache
 
 
 class Product(NamedTuple):
     """A weight and a low-rank product ``scaling * left @ right`` on top of it, of shapes ``(m, r)`` and
     ``(r, n)``; of experts, which lie below each other in the weight, with one more dim in front.
 
-    With ``row_dim`` 1, the weight is stored transposed. All of them may be of any floating dtype.
+    With ``row_dim`` 1, the weight is stored transposed. All three may have any floating dtype.
     ``more`` has further products for the same weight: ``left``, ``right`` and ``scaling`` of each.
     """
 
@@ -71,7 +71,8 @@ class Product(NamedTuple):
         return left if self.scaling == 1.0 else left * self.scaling, self.right.float()
 
 
-PROBES = 64
+SAMPLES = 64
+"""Elements of a weight that go into its checksum."""
 
 _NAN = {
     torch.float16: 0x7E00,
@@ -83,15 +84,15 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The tensor's bit patterns, so that NaNs and signed zeros compare as what they are."""
+    """The tensor's bit patterns: unlike values, NaNs and signed zeros compare exactly."""
     return tensor.view(_BITS[tensor.element_size()])
 
 
 def rounded_sum(weight: Tensor, eps: Tensor, alpha: int = 1) -> Tensor:
     """``weight + alpha * eps``, added in float32 or wider and rounded once, in scratch memory.
 
-    The sum of a finite float16 weight is kept finite: noise alone never overflows a layer. All NaNs become
-    one: which of them a conversion yields depends on whether it was vectorized.
+    The sum of a finite float16 weight stays finite: noise alone never overflows a layer. All NaNs become the
+    same one, since what a conversion makes of a NaN depends on whether it was vectorized.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     total = scratch(f"sum {alpha}", weight.shape, dtype, weight.device).copy_(weight)
@@ -111,20 +112,20 @@ def takes(noise: Recipe, weight: Tensor) -> bool:
 
 def fill(out: Tensor, key: Key, block: int) -> Tensor:
     generator = torch.Generator(device=out.device)
-    # That of the CPU keeps 32 bits of a seed, others keep all.
+    # The CPU's generator keeps 32 bits of a seed, others keep 64.
     generator.manual_seed(key.block_seed(block, 32 if out.device.type == "cpu" else 64))
     return out.normal_(generator=generator)
 
 
-def probes(weights: Sequence[Tensor]) -> Tensor | list[int]:
-    return torch.stack([probe(weight) for weight in weights])
+def checksums(weights: Sequence[Tensor]) -> Tensor | list[int]:
+    return torch.stack([checksum(weight) for weight in weights])
 
 
-def probe(weight: Tensor) -> Tensor:
-    """Changes with any of a few elements."""
-    stride = max(1, weight.numel() // PROBES)
+def checksum(weight: Tensor) -> Tensor:
+    """A number that changes if any of ``SAMPLES`` elements does."""
+    stride = max(1, weight.numel() // SAMPLES)
     some = weight.reshape(-1)[::stride] if weight.is_contiguous() else weight.flatten(1)[:, 0]
-    values = bits(some[:PROBES].clone()).to(torch.int64)
+    values = bits(some[:SAMPLES].clone()).to(torch.int64)
     mixed = values * 0x1E3779B97F4A7C15  # odd, and so a bijection of 64 bits
     mixed = (mixed ^ (mixed >> 32)) + torch.arange(len(values), device=weight.device)
     mixed = mixed * 0x3F58476D1CE4E5B9
@@ -132,12 +133,20 @@ def probe(weight: Tensor) -> Tensor:
 
 
 class Part(part.Part):
+    """Perturbed and restored block by block, on the CPU by several threads."""
+
     _journal: Journal | None = None
 
-    def __init__(
-        self, rows: Tensor, noise: Recipe, lo: int, hi: int, keep: Keep, copy: Tensor | None = None
-    ) -> None:
-        super().__init__(rows.detach(), noise, lo, hi, keep, copy)  # stays where it is
+    def _prepare(self) -> None:
+        self.rows = self.rows.detach()  # stays on this memory, even if the tensor gets another
+
+    @classmethod
+    def perturb_all(cls, parts: Sequence[Part]) -> None:  # type: ignore[override]
+        visit(cls.perturb, parts)
+
+    @classmethod
+    def restore_all(cls, parts: Sequence[Part]) -> None:  # type: ignore[override]
+        visit(cls.restore, parts)
 
     def perturb(self) -> None:
         eps = self.noise.block(self.lo, self.hi)
@@ -166,7 +175,7 @@ class Part(part.Part):
         return restored
 
     def _write(self, values: Tensor, is_perturbed: bool) -> None:
-        """Writes the rows and takes note of it; an exception in between leaves the two in agreement."""
+        """Writes the rows and the flag, which agree also after an exception in between."""
         try:
             self.rows.copy_(values)
             self.is_perturbed = is_perturbed
@@ -191,6 +200,6 @@ def squared_norms_of(product: Product) -> Tensor:
 
 
 def row_chunks(matrix: Tensor) -> list[slice]:
-    """Cuts a matrix into as many rows as are worked on at a time."""
+    """Cuts a matrix into runs of rows to work on one at a time."""
     size = rows_at_once(matrix.shape[1], matrix.device.type)
     return [slice(lo, lo + size) for lo in range(0, len(matrix), size)]

@@ -1,9 +1,9 @@
 """Noise on a GPU: all weights of a device and dtype in one launch, which nothing waits for.
 
-``jit`` has the code of the kernels. What they are told of the weights lies in tables in the device's
-memory, which are made once and kept for as long as the weights stay where they are. The journal, too,
-has a place that is reserved once. How much of it a step needs is told by the device when it is asked
-anyway; a tile that finds no room stays clean for the step, and the place grows for the next one.
+``jit`` has the code of the kernels. Tables in the device's memory describe the weights; they are made once
+and kept for as long as the weights stay where they are. Memory for the journal is reserved once, too. The
+device reports how much of it a step needed, without being waited for: a tile that finds no room stays clean
+for the step, and there is more room at the next.
 
 The module imports Triton; ask :func:`flatlora_optim.kernels.has_triton` first.
 """
@@ -39,19 +39,19 @@ TILE = 4096
 WARPS = 4
 """Of a program that makes noise."""
 
-_ROWS, _COLUMNS, _MOST_RANKS, _NORM_WARPS = 64, 64, 64, 4  # of one program's product
+_ROWS, _COLUMNS, _MOST_RANKS, _NORM_WARPS = 64, 64, 64, 4  # of the product in one program
 
 _ROOM = {2: 1 / 18, 4: 1 / 13}
-"""Entries of a journal per element that there is room for at first, by the size of an element: what noise
-of sigma 0.05 needs, within 12 % of the weights' memory."""
+"""Journal entries per element that there is room for at first, by the size of an element: what noise of
+sigma 0.05 needs, at most 12 % of the weights' memory."""
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _BITS = {2: tl.int16, 4: tl.int32}
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 _KEEP = {Keep.NOTHING: jit.NOTHING, Keep.JOURNAL: jit.JOURNAL, Keep.COPY: jit.COPY}
 
-# Contracting `z * scale + w` into one rounding would make the restore miss other elements than
-# the journal has.
+# If `z * scale + w` were contracted into one rounding, a restore would miss other elements than the
+# journal has.
 _EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
 
@@ -73,25 +73,16 @@ def fill(out: Tensor, key: Key, block: int) -> Tensor:
 
 
 class Part(part.Part):
-    """A whole weight, or its local part. Whether its tiles carry the noise is known to the device."""
+    """A whole weight, or its local part. The device keeps which of its tiles carry the noise."""
 
     memory: _Batch | None = None
 
-    def __init__(
-        self, rows: Tensor, noise: Recipe, lo: int, hi: int, keep: Keep, copy: Tensor | None = None
-    ) -> None:
-        super().__init__(rows, noise, lo, hi, keep, copy)
-        self.address = rows.data_ptr()
+    def _prepare(self) -> None:
+        self.address = self.rows.data_ptr()
 
     @property
     def nbytes(self) -> int:
         return self.memory.share if self.is_perturbed and self.memory is not None else 0
-
-    def perturb(self) -> None:
-        self.perturb_all([self])
-
-    def restore(self) -> None:
-        self.restore_all([self])
 
     def clean(self, copy: Tensor) -> None:
         assert self.memory is not None
@@ -126,8 +117,8 @@ class Part(part.Part):
 
 
 def _description(part: Part, *, in_place: bool) -> tuple[int, ...]:
-    """What the table says of a weight, apart from where its scales and tiles begin among all: see
-    ``jit._located``. Last, the number of its tiles."""
+    """A weight's entry of the table, without the places of its first scale and first tile, and then the
+    number of its tiles. See ``jit._located``."""
     grid, rows = part.noise.grid, part.rows
     first_row, size, row_size = grid.first_row + part.lo, grid.rows_per_block, grid.row_size
     block = first_row // size
@@ -145,7 +136,7 @@ def _description(part: Part, *, in_place: bool) -> tuple[int, ...]:
 
 
 def _tables(device: torch.device, weights: Sequence[tuple[int, ...]], scales: Sequence[int]) -> list[Tensor]:
-    """The table of some weights with so many scales each, and which of them each tile belongs to."""
+    """The table of some weights, which have so many scales each, and the weight that each tile belongs to."""
     rows, tile, scale = [], 0, 0
     for (address, *at, copy, count), size in zip(weights, scales, strict=True):
         rows.append([address, scale, tile, *at, copy])
@@ -175,7 +166,7 @@ _batches: WeakValueDictionary[tuple[Any, ...], _Batch] = WeakValueDictionary()
 
 
 def _batch_of(parts: Sequence[Part]) -> _Batch:
-    """The one for these weights, which is kept by whoever has perturbed them last."""
+    """The batch of these weights. Their last perturbation keeps it alive."""
     first = parts[0]
     weights = tuple(_description(each, in_place=True) for each in parts)
     scales = tuple(len(each.noise.scales) for each in parts)
@@ -187,7 +178,7 @@ def _batch_of(parts: Sequence[Part]) -> _Batch:
 
 
 class _Batch:
-    """The weights of one device, dtype and way to restore, and what it takes to bring them back."""
+    """Weights of the same device, dtype and way to restore, with all that brings them back."""
 
     def __init__(
         self,
@@ -199,7 +190,9 @@ class _Batch:
     ) -> None:
         self._device, self._dtype, self._keep = device, dtype, keep
         self._numel = sum(weight[2] for weight in weights)
-        self._spans: dict[int, tuple[int, int]] = {}  # of tiles, by the address of the weight
+        self._spans: dict[
+            int, tuple[int, int]
+        ] = {}  # first tile and number of tiles, by the weight's address
         tiles = 0
         for address, *_, count in weights:
             self._spans[address] = tiles, count
@@ -212,8 +205,8 @@ class _Batch:
             self._control = torch.zeros(3, dtype=torch.int64, device=device)
             self._counters = self._control[:2]
             self._answer = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
-        self._asked: Any = None  # what tells whether the answer has come
-        self._is_measured = self._told = False
+        self._asked: Any = None  # an event: whether the answer has come
+        self._is_measured = self._warned = False
         self._wanted = self._expected = 0.0  # entries of the last step, and what the next may need
         self._positions = self._originals = torch.empty(0, dtype=torch.int16, device=device)
         self._scales: Tensor = self._control
@@ -222,13 +215,13 @@ class _Batch:
 
     @property
     def nbytes(self) -> int:
-        """Of the journal's room; the tables are small."""
+        """Memory of the journal; the tables are small."""
         journal = self._starts, self._positions, self._originals
         return sum(tensor.numel() * tensor.element_size() for tensor in journal)
 
     @property
     def share(self) -> int:
-        """Memory for each of the weights."""
+        """The memory divided by the number of weights."""
         return self.nbytes // len(self._spans)
 
     def perturb(self, parts: Sequence[Part]) -> None:
@@ -240,9 +233,9 @@ class _Batch:
             self._scales = _joined([each.noise.scales for each in parts])
             self._words = parts[0].noise.key.words
             for each in parts:
-                # Known before it is true: the device can be asked to restore what carries no noise.
+                # Set before it is true: restoring a weight without noise does no harm.
                 each.memory, each.is_perturbed = self, True
-                increment_version(each.rows)  # autograd is to see that the weight was written
+                increment_version(each.rows)  # so that autograd sees that the weight was written
             self._perturb()
             if self._keep is Keep.JOURNAL and not self._is_measured:
                 self._make_up()
@@ -289,19 +282,19 @@ class _Batch:
         _launch(kernel, self._dtype, where, self._scales, self._words, journal, tiles, KEEP=keep, **options)
 
     def _reserve(self, kept: int = 0) -> None:
-        """Makes room for the journal, if what there is may not be enough.
+        """Reserves more memory for the journal, if there may not be enough.
 
         Args:
-            kept: Entries of this step that stay.
+            kept: Entries of this step to keep.
         """
         known, room = len(self._positions), self._numel * _ROOM[self._dtype.itemsize]
         if known and not kept and self._expected <= known:
             return
         if known:
             room = self._expected * 1.25
-        room = min(int(room), self._numel) + 2 * TILE  # what a tile that finds no room leaves behind it
+        room = min(int(room), self._numel) + 2 * TILE  # for what a tile without room leaves unused
         before = (self._positions[:kept], self._originals[:kept]) if kept else None
-        if before is None:  # what there was goes first, for its memory
+        if before is None:  # free the old memory first
             self._positions = self._originals = torch.empty(0, dtype=torch.int16, device=self._device)
         with torch.inference_mode(False):
             self._positions = torch.empty(room, dtype=torch.int16, device=self._device)
@@ -312,7 +305,7 @@ class _Batch:
         self._control.copy_(torch.tensor([kept, 0, room]), non_blocking=True)
 
     def _make_up(self) -> None:
-        """Waits once, when the room for the journal is new, and puts the noise on tiles that found none."""
+        """Waits once, when the journal is new, and puts the noise on tiles that had found no room."""
         lost, room = self._expect(*read(self._control))
         self._is_measured = True
         if lost:
@@ -320,7 +313,7 @@ class _Batch:
             self._perturb()
 
     def _ask(self) -> None:
-        """Has the device tell how much room was needed, without waiting for it."""
+        """Asks the device how much room was needed, without waiting for the answer."""
         self._answer.copy_(self._control, non_blocking=True)
         self._asked = torch.cuda.Event() if self._device.type == "cuda" else True
         if self._asked is not True:
@@ -331,8 +324,8 @@ class _Batch:
             return
         self._asked = None
         lost, room = self._expect(*self._answer.tolist())
-        if lost and not self._told:
-            self._told = True
+        if lost and not self._warned:
+            self._warned = True
             warnings.warn(
                 f"the journal had room for {room} of {self._wanted:.0f} entries, so that a share of "
                 f"{lost / self._tiles:.2%} of the weights went without noise in this step: sigma or the "
@@ -349,7 +342,7 @@ class _Batch:
 
 
 def _joined(scales: Sequence[Tensor]) -> Tensor:
-    """All scales, one after another: they are where they are, if they lie like that."""
+    """All scales in one tensor: no copy, if they lie one after another already."""
     place = scales[0].data_ptr()
     for each in scales:
         if each.data_ptr() != place or not each.is_contiguous():
@@ -400,7 +393,7 @@ def squared_norms(products: Sequence[Product]) -> list[Tensor]:
 
 
 def _kind_of_product(product: Product) -> tuple[Any, ...] | None:
-    """What one launch has in common; None for what the kernel can't read."""
+    """What products in one launch have in common; None if the kernel can't read this one."""
     left, right = product.left, product.right
     dtypes = tuple(_DTYPES.get(each.dtype) for each in (product.weight, left, right))
     are_alike = all((left.dtype, right.dtype) == (b.dtype, a.dtype) for b, a, _ in product.more)
@@ -471,34 +464,34 @@ def _norm_tables(device: torch.device, weights: tuple[tuple[Any, ...], ...]) -> 
 
 @functools.cache
 def _factors(device: torch.device) -> Any:
-    """What matrix products are made of."""
+    """The dtype that factors are multiplied in."""
     is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     return tl.float32 if is_old or interprets_triton() else tl.bfloat16
 
 
-# ------------------------------------------------------------------------ probes
+# ------------------------------------------------------------------------ checksums
 
 
-def probes(weights: Sequence[Tensor]) -> Tensor:
+def checksums(weights: Sequence[Tensor]) -> Tensor:
     device = weights[0].device
     out = torch.empty(len(weights), dtype=torch.int64, device=device)
     with _on(device):
-        jit.probe_kernel[(len(weights),)](
-            _probed(device, tuple(map(_describe_probes, weights))), out, num_warps=1
+        jit.checksum_kernel[(len(weights),)](
+            _sample_table(device, tuple(map(_describe_samples, weights))), out, num_warps=1
         )
     return out
 
 
-def _describe_probes(weight: Tensor) -> tuple[int, int, int, int]:
+def _describe_samples(weight: Tensor) -> tuple[int, int, int, int]:
     numel, width = weight.numel(), weight.element_size()
-    stride = max(1, numel // plain.PROBES)
+    stride = max(1, numel // plain.SAMPLES)
     if not weight.is_contiguous():
         numel, stride = weight.shape[0], weight.stride(0)
-    return weight.data_ptr(), stride, min(plain.PROBES, numel), width
+    return weight.data_ptr(), stride, min(plain.SAMPLES, numel), width
 
 
 @functools.lru_cache(maxsize=64)
-def _probed(device: torch.device, weights: tuple[tuple[int, ...], ...]) -> Tensor:
+def _sample_table(device: torch.device, weights: tuple[tuple[int, ...], ...]) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(weights, dtype=torch.int64, device=device)
 
@@ -507,7 +500,7 @@ def _probed(device: torch.device, weights: tuple[tuple[int, ...], ...]) -> Tenso
 
 
 def _signed(word: int) -> int:
-    """The 32 bits as a signed integer: Triton would make other kernels for larger ones."""
+    """The 32 bits as a signed integer: for larger ones, Triton would compile another kernel."""
     return word - (1 << 32) if word >= 1 << 31 else word
 
 

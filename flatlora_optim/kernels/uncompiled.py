@@ -1,4 +1,4 @@
-"""Functions that ``torch.compile`` is to leave alone."""
+"""Keeps functions out of ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def at_tracing(function: F) -> F:
-    """``torch.compiler.assume_constant_result`` without that import: for what is done once, at tracing."""
+    """Runs the function once, at tracing: ``torch.compiler.assume_constant_result`` without that import."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def uncompiled(function: F) -> F:
-    """``torch.compiler.disable``, which by itself would import the compiler for everybody."""
+    """``torch.compiler.disable``, but imports the compiler only if it is in use already."""
     disabled: list[Callable[..., Any]] = []
 
     @functools.wraps(function)

@@ -1,19 +1,18 @@
 """How flat a minimum is, in the full weight space that Flat-LoRA looks at.
 
-All functions take ``model`` and ``loss_fn``, a function of the model that returns the scalar
-loss on whatever data it holds, and look at the frozen weights that carry an adapter: those that
-:class:`.FlatLoRAOptimizer` perturbs, dense and quantized, by the same noise and the same exact
-restore. Weights, gradients, training mode and torch's random state are afterwards what they were,
-also after an exception, and an optimizer that is attached to the model does not notice.
+All functions take ``model`` and ``loss_fn``, a function of the model that returns the scalar loss on some
+data. They perturb the frozen weights that have an adapter, as :class:`.FlatLoRAOptimizer` does: dense and
+quantized ones, by the same noise and the same exact restore. Afterwards, also after an exception, weights,
+gradients, training mode and torch's random state are what they were. An optimizer that is attached to the
+model does not notice.
 
 The model is measured in eval mode. Each evaluation starts from the same random state, so a
-``loss_fn`` that draws its data at random draws the same data every time. Weights in float16 and
-bfloat16 work, but resolve only strong noise: curvature is best measured in float32.
+``loss_fn`` that draws its data at random draws the same data each time. Weights in float16 and
+bfloat16 work, but resolve only strong noise: measure curvature in float32.
 
-``samples`` are how many random draws are averaged, ``seed`` makes them the same again, and
-``progress`` shows a bar where tqdm is installed. All functions raise ValueError for a number that
-is out of range, a model without an active adapter, with a merged one or with sharded weights, and
-TypeError if ``loss_fn`` returns no scalar tensor.
+``samples`` is the number of random draws, ``seed`` repeats them, and ``progress`` shows a bar if tqdm is
+installed. All functions raise ValueError for a number that is out of range, a model without an active
+adapter, with a merged one or with sharded weights, and TypeError if ``loss_fn`` returns no scalar tensor.
 
 ================  ==============================================================
 ``measure``       expected loss, slices of the loss, curvature

@@ -32,11 +32,11 @@ def expected_loss(
 ) -> ExpectedLoss:
     """The objective of Flat-LoRA: the mean loss over noise on the full weights.
 
-    Sample k has the noise that an optimizer with the same ``seed`` puts on at step k.
+    Sample k has the noise of step k of an optimizer with the same ``seed``.
 
     Args:
         sigma: Noise strength relative to the norm of each row.
-        noise: As for the optimizer.
+        noise: As in the optimizer.
 
     Example:
         >>> around = expected_loss(model, lambda model: model(x).square().mean(), sigma=0.5, samples=64)
@@ -48,8 +48,9 @@ def expected_loss(
     with measuring(model, loss_fn) as at:
         columns = [target.weight.columns for target in at.targets]
         scales = row_scales(at.norms, [sigma] * len(columns), columns)
+        sources = at.sources_of_optimizer(source)
         losses = [
-            at.loss(at.noises_of_optimizer(NoiseKey(seed, k), scales, source))
+            at.loss(at.noises(NoiseKey(seed, k), scales, sources))
             for k in _progress(range(samples), "expected loss", progress)
         ]
         return ExpectedLoss(torch.tensor(losses, dtype=torch.float64, device="cpu"), at.at_minimum, sigma)
@@ -120,10 +121,10 @@ def hessian_trace(
     Args:
         method: ``"autograd"`` differentiates twice: dense weights only, and memory for a
             vector of their size and the graph of the gradient. ``"differences"`` takes second
-            differences of the loss, which works for quantized weights too and needs no
-            gradients, but inherits the rounding of the loss. ``"auto"`` is the first where all
-            weights are dense and none has DoRA, whose norm PEFT keeps from autograd.
-        step: How far the differences go, relative to the root mean square of the weights.
+            differences of the loss. It works for quantized weights, too, and needs no gradients, but
+            suffers from the rounding of the loss. ``"auto"`` is ``"autograd"`` if all weights are dense
+            and none has DoRA, whose norm PEFT detaches from autograd.
+        step: The step of the differences, relative to the root mean square of the weights.
     """
     check_choice("method", method, ("auto", "autograd", "differences"))
     seed = check_seed(seed)
@@ -155,7 +156,7 @@ def top_eigenvalue(
     :func:`hessian_trace`.
 
     Args:
-        iterations: Hessian-vector products at most.
+        iterations: The largest number of Hessian-vector products.
         tolerance: Stops when ``|Hv - value * v|`` is below this, relative to the value.
     """
     seed = check_seed(seed)
@@ -166,7 +167,7 @@ def top_eigenvalue(
         start = at.vector(NoiseKey(seed, 0))
         top = _power_iteration(hessian.times, start, iterations, tolerance, progress)
         if top.value < 0 and top.iterations < iterations:
-            # The most negative one dominates. Shifted by it, the largest dominates.
+            # The most negative eigenvalue dominates. After a shift by it, the largest does.
             shift, left = top.value, iterations - top.iterations
 
             def shifted(v: Vector) -> Vector:
@@ -187,12 +188,12 @@ def _power_iteration(
     progress: bool,
     shift: float = 0.0,
 ) -> Eigenvalue:
-    """The eigenvalue of largest magnitude of what ``times`` multiplies by, plus ``shift``."""
+    """The eigenvalue of largest magnitude of the matrix in ``times``, plus ``shift``."""
     v, value = _normalized(v), math.nan
     for i in _progress(range(1, iterations + 1), "top eigenvalue", progress):
         product = times(v)
         value = dot(v, product)
-        # The quotient alone may stand still far from any eigenvalue, where two of them compete.
+        # The quotient alone may stall far from any eigenvalue, if two of them compete.
         residual = [hv - value * x for hv, x in zip(product, v, strict=True)]
         if math.sqrt(dot(residual, residual)) <= tolerance * abs(value + shift):
             return Eigenvalue(value + shift, i, True)

@@ -1,7 +1,7 @@
 """Drawing what was measured. Needs matplotlib (the ``plot`` extra).
 
-A band is a 95 % interval of the mean: over models or directions where there are several, over the
-draws of the noise where there is one. Distances and sigma are relative to the norm of each row of the
+A band is a 95 % interval of the mean: over models or directions if there are several, else over the
+draws of the noise. Distances and sigma are relative to the norm of each row of the
 weights, losses are in the unit of the loss function. All is legible at half size.
 """
 
@@ -30,8 +30,8 @@ def plot_expected_loss(
     """Draws ``E L(W + eps) - L(W)`` over sigma, for one method or for several by their names.
 
     Args:
-        estimates: Of each method, at as many sigmas as there are points on its curve. Several of the
-            same sigma come from several models, as of several seeds.
+        estimates: For each method, one at each sigma of its curve, or several from several models, such as
+            those of several seeds.
 
     Example:
         >>> from flatlora_optim.landscape import expected_loss
@@ -61,8 +61,8 @@ def plot_slice_1d(
     """Draws how much the loss rises along random directions, for one model or several by their names.
 
     Args:
-        slices: Of each model one, or several along directions of their own (``seed``), with the same
-            coordinates: then the mean and its band.
+        slices: For each model one, or several along different directions (``seed``) with the same
+            coordinates. Of several, the mean and its band are drawn.
         sigma: Marks the distance of noise of this strength.
     """
     ax = ax or _new_axes()[0]
@@ -103,8 +103,8 @@ def plot_slice_2d(
     """Draws how much the loss rises on a plane, with contour lines.
 
     Args:
-        planes: Of one model, or of several by their names: then side by side, with the same levels and
-            colours, so that they can be compared.
+        planes: Of one model, or of several by their names. Several are drawn side by side, with the same
+            levels and colours.
         axes: As many as there are planes.
         levels: How many steps of 1, 2, 5, 10, … up to the largest rise.
 
@@ -137,7 +137,7 @@ def plot_slice_2d(
 
 
 def _levels(least: float, most: float, count: int) -> list[float]:
-    """Steps of 1, 2, 5, 10, …, so that flat and steep models can be told apart."""
+    """Steps of 1, 2, 5, 10, …, which show both flat and steep models."""
     power = math.floor(math.log10(most)) if most > 0 else 0
     round_numbers = (m * 10.0**k for k in range(power, power - count, -1) for m in (5, 2, 1))
     between = [x for x in round_numbers if max(least, 0.0) < x < most][:count]

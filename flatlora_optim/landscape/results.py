@@ -1,4 +1,4 @@
-"""What measurements return."""
+"""The results of measurements."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """The mean of random samples, and how far it may be off."""
+    """The mean of random samples, and its standard error."""
 
     samples: Tensor
     """Shape ``(samples,)``, float64."""
@@ -56,7 +56,7 @@ class Eigenvalue:
 
 @dataclass(frozen=True, eq=False)
 class Slice1D:
-    """``losses[i]`` at ``W + coordinates[i] * d``; ``at_minimum`` at W."""
+    """``losses[i]`` is the loss at ``W + coordinates[i] * d``, ``at_minimum`` the loss at W."""
 
     coordinates: Tensor
     losses: Tensor
@@ -65,7 +65,8 @@ class Slice1D:
 
 @dataclass(frozen=True, eq=False)
 class Slice2D:
-    """``losses[i, j]`` at ``W + coordinates[i] * d1 + coordinates[j] * d2``; ``at_minimum`` at W."""
+    """``losses[i, j]`` is the loss at ``W + coordinates[i] * d1 + coordinates[j] * d2``, ``at_minimum`` the
+    loss at W."""
 
     coordinates: Tensor
     losses: Tensor

@@ -39,26 +39,23 @@ class Surroundings:
         self._no_noise = self.noises(NoiseKey(0, 0), [torch.zeros_like(norms) for norms in self.norms])
 
     def noises(
-        self, key: NoiseKey, scales: Sequence[Tensor], source: NoiseSource | None = None
+        self, key: NoiseKey, scales: Sequence[Tensor], sources: Sequence[NoiseSource] | None = None
     ) -> list[Noise]:
-        """By default, the paper's."""
+        """The noise of each target. By default, the sources are the paper's."""
+        sources = sources or [GaussianNoise()] * len(self.targets)
         return [
-            Noise.on(target, source or GaussianNoise(), key, scale)
-            for target, scale in zip(self.targets, scales, strict=True)
+            Noise.on(target, source, key, scale)
+            for target, source, scale in zip(self.targets, sources, scales, strict=True)
         ]
 
-    def noises_of_optimizer(
-        self, key: NoiseKey, scales: Sequence[Tensor], source: NoiseSource | None
-    ) -> list[Noise]:
-        """By default, what an optimizer draws by default."""
-        return [
-            Noise.on(target, choose_perturbation(target, "auto", "exact", source).source, key, scale)
-            for target, scale in zip(self.targets, scales, strict=True)
-        ]
+    def sources_of_optimizer(self, source: NoiseSource | None) -> list[NoiseSource]:
+        """Which source an optimizer with this option uses for each target."""
+        return [choose_perturbation(target, "auto", "exact", source).source for target in self.targets]
 
     def signs(self, key: NoiseKey, scale: float) -> list[Noise]:
         """``scale`` or ``-scale`` in each element."""
-        return self.noises(key, [torch.full_like(norms, scale) for norms in self.norms], _Signs())
+        scales = [torch.full_like(norms, scale) for norms in self.norms]
+        return self.noises(key, scales, [_Signs()] * len(scales))
 
     def direction(self, seed: int, number: int) -> list[Noise]:
         """Gaussian noise whose rows have the norms of the merged weight's rows."""
@@ -73,7 +70,7 @@ class Surroundings:
         return [noise.add_to(zero) for noise, zero in zip(self.signs(key, 1.0), zeros, strict=True)]
 
     def along(self, terms: Sequence[tuple[float, list[Noise]]]) -> list[Noise] | None:
-        """``sum of a * direction``; None is W itself."""
+        """The sum of ``a * direction``. None if that is W itself."""
         present = [[_scaled(noise, a) for noise in direction] for a, direction in terms if a != 0]
         if len(present) < 2:
             return present[0] if present else None
@@ -94,8 +91,8 @@ class Surroundings:
 
     @contextmanager
     def _noise_on(self, noises: list[Noise] | None) -> Iterator[None]:
-        # Without noise, quantized layers compute at W as they do at W + eps: bitsandbytes' own kernels
-        # may have another precision, which would look like an effect of the noise.
+        # At W, quantized layers compute with zero noise: bitsandbytes' own kernels may have another
+        # precision, which would look like an effect of the noise.
         chosen: Sequence[Noise | None] = noises or [
             zero if isinstance(perturbation, VirtualPerturbation) else None
             for perturbation, zero in zip(self._perturbations, self._no_noise, strict=True)
@@ -107,8 +104,8 @@ class Surroundings:
             remove_all(self._perturbations)
 
     def difference(self, key: NoiseKey, step: float) -> float:
-        """``v'Hv`` of random signs v, by second differences."""
-        squared = sum(float(norms.norm()) ** 2 for norms in self.norms)
+        """``v'Hv`` for random signs v, by second differences."""
+        squared = sum(float(norms.cpu().double().square().sum()) for norms in self.norms)
         h = step * math.sqrt(squared / sum(t.weight.shape.numel() for t in self.targets))
         plus, minus = self.loss(self.signs(key, h)), self.loss(self.signs(key, -h))
         return (plus + minus - 2 * self.at_minimum) / h**2
@@ -118,21 +115,22 @@ class Surroundings:
         return self.loss(None)
 
     def why_no_hessian(self) -> str | None:
-        """Why autograd can't differentiate the loss twice, or not rightly."""
+        """Why autograd can't differentiate the loss twice, or would give a wrong result."""
         for target in self.targets:
             if target.weight.kind == "experts":
-                return f"{target.name} makes its weight anew in each forward"
+                return f"{target.name} computes its weight in each forward"
             if target.weight.kind != "dense":
                 return (
                     f"the weight of {target.name} is {target.weight.kind}: quantized weights can't be "
                     "differentiated twice"
                 )
             if any(_has_dora(sharing) for sharing in target.sharing):
-                return f"{target.name} has DoRA, whose norm of the weight PEFT keeps from autograd"
+                return f"{target.name} has DoRA, whose norm of the weight PEFT detaches from autograd"
         return None
 
     def hessian(self) -> Hessian:
-        """
+        """The Hessian at W.
+
         Raises:
             ValueError: Autograd can't differentiate the loss twice.
         """
@@ -169,7 +167,7 @@ class Hessian:
 
 
 class _Signs:
-    """Random signs: among all noise they estimate a trace with the least variance."""
+    """Random signs, which estimate a trace with less variance than any other noise."""
 
     def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
         return GaussianNoise().block(key, number, out).sign_()
@@ -185,7 +183,7 @@ class _Sum(Noise):
 
     @property
     def can_be_fused(self) -> bool:
-        return False  # they know nothing of further terms
+        return False  # kernels would add the first term only
 
     def block(self, lo: int, hi: int) -> Tensor:
         total = self._parts[0].block(lo, hi).clone()
@@ -196,7 +194,7 @@ class _Sum(Noise):
 
 @contextmanager
 def measuring(model: nn.Module, loss_fn: LossFn) -> Iterator[Surroundings]:
-    """The model in eval mode, undisturbed by an attached optimizer; all is put back afterwards."""
+    """A block with the model in eval mode and an attached optimizer's noise off. All is put back after it."""
     found = find_targets(model, why_inactive)
     targets = found.targets
     if not targets:
@@ -204,7 +202,7 @@ def measuring(model: nn.Module, loss_fn: LossFn) -> Iterator[Surroundings]:
     for target in targets:
         if target.merged:
             raise ValueError(f"the adapter of {target.name} is merged into its weight: unmerge it first")
-    # Right after a forward the root of FSDP2 has its weights whole.
+    # Right after a forward, FSDP2's root module has its weights whole.
     if any(fsdp_modules(model)) or any(is_sharded(tensor) for tensor in _dense_tensors(targets)):
         raise ValueError("the weights are sharded: measure an unsharded copy of the model")
     with ExitStack() as undo:
@@ -212,7 +210,7 @@ def measuring(model: nn.Module, loss_fn: LossFn) -> Iterator[Surroundings]:
             undo.enter_context(optimizer.clean())
         undo.enter_context(_eval_mode(model))
         for tensor in _dense_tensors(targets):
-            # The bits will be the same again: pending graphs and cached norms stay valid.
+            # The bits will be the same again, so pending graphs and cached norms stay valid.
             undo.enter_context(_unsafe_preserve_version_counter(tensor))
         yield Surroundings(model, loss_fn, targets, undo)
 
@@ -265,8 +263,8 @@ def _scaled(noise: Noise, factor: float) -> Noise:
 
 
 def dot(a: Vector, b: Vector) -> float:
-    total = 0.0
-    for x, y in zip(a, b, strict=True):
-        dtype = torch.float32 if x.device.type == "mps" else torch.float64  # which MPS does not know
-        total += float((x.to(dtype) * y.to(dtype)).sum())
-    return total
+    return sum(float((_widest(x) * _widest(y)).sum()) for x, y in zip(a, b, strict=True))
+
+
+def _widest(x: Tensor) -> Tensor:
+    return x.float() if x.device.type == "mps" else x.double()  # MPS has no float64

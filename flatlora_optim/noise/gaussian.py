@@ -13,7 +13,7 @@ from .key import NoiseKey
 class NoiseSource(Protocol):
     """Where standard-normal numbers come from.
 
-    Native and Triton kernels know the sources of this package; the noise of others is added by torch
+    Native and Triton kernels know this package's sources; noise from any other is added by torch
     operations.
     """
 

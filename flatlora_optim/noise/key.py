@@ -34,24 +34,24 @@ class NoiseKey(NamedTuple):
 
     @property
     def words(self) -> tuple[int, int, int, int]:
-        """The key of Philox, which the seed gives, and the words of its counter that are step and replica.
+        """The key of Philox, made from the seed, and the two words of its counter for step and replica.
 
-        With the place in a block and the block's number in the other two, no two blocks of a run share
-        numbers, in up to 2**32 steps.
+        The other two words are the block's number and the place in the block. So no two blocks of a run
+        share numbers, in up to 2**32 steps.
         """
         key = _hash(self.seed)
         return key & _MASK32, key >> 32, self.step & _MASK32, self.replica & _MASK32
 
     def block_seed(self, block: int, bits: int = 32) -> int:
-        """A seed for one block, for generators that take no more than one."""
+        """A seed of this many bits for one block, for generators that take one number."""
         return self.block_seeds([block], bits)[0]
 
     def block_seeds(self, blocks: Iterable[int], bits: int = 32) -> list[int]:
         """A seed of 32 or 64 bits for each block.
 
-        Those of 64 bits are different in all blocks of a run; those of 32, which are all that torch's
-        CPU generator keeps, in all blocks of a step. Hashes that are no permutations would collide within
-        a step of a large model.
+        Seeds of 64 bits differ between all blocks of a run; seeds of 32 bits, which are all that torch's
+        CPU generator keeps, between all blocks of a step. A hash that is no permutation would collide
+        within a step of a large model.
         """
         if bits == 64:
             run = _hash(self.seed, self.replica)

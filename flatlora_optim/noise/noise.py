@@ -1,8 +1,8 @@
 """The noise of one weight: seeded Gaussians that can be made again, block by block, in any order.
 
-A weight's noise is cut into blocks of whole rows. The numbers of each depend on (seed, step, replica,
-block number) alone, so blocks can be made by any thread, for any shard of the
-weight, and give the same numbers. The global generators are never touched.
+A weight's noise is cut into blocks of whole rows. The numbers of a block depend on seed, step, replica and
+block number alone, so any thread makes the same ones, for any shard of the weight. torch's global
+generators are never touched.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Noise:
         source: Generates ``z``.
         key: Seed, step and replica.
         grid: How the weight is cut into blocks.
-        scales: Shape ``(m,)`` also if the weight is sharded, float32, on the weight's device.
-        row_dim: The weight's dim that ``scales`` runs along: 0, or 1 for transposed storage.
+        scales: Shape ``(m,)``, also if the weight is sharded; float32, on the weight's device.
+        row_dim: The weight's dim that ``scales`` runs along: 0, or 1 if it is stored transposed.
     """
 
     def __init__(
@@ -46,28 +46,28 @@ class Noise:
 
     @classmethod
     def on(cls, target: Target, source: NoiseSource, key: NoiseKey, scales: Tensor) -> Noise:
-        """The noise of the target's weight, with these standard deviations in its rows."""
+        """The noise of a target's weight, with these standard deviations of its rows."""
         kind: type[Noise] = getattr(source, "noise_type", cls)
         return kind(source, key, target.weight.grid(target.first_block), scales, target.weight.row_dim)
 
     def negated(self) -> Noise:
-        """What takes this noise away, up to rounding."""
+        """The same noise with the other sign."""
         return type(self)(self.source, self.key, self.grid, -self.scales, self.row_dim)
 
     @property
     def can_be_fused(self) -> bool:
-        """Whether ``scale * z`` of whole rows is all there is to the noise, so that kernels can make
-        it while they add it."""
+        """Whether the noise is just ``scale * z`` in whole rows, so that kernels can make it while they add
+        it."""
         return self.grid.columns == slice(None)
 
     @property
     def is_seeded(self) -> bool:
-        """Whether kernels can make a block's numbers too, from its seed."""
+        """Whether kernels can make a block's numbers themselves, from its seed."""
         return type(self.source) is GaussianNoise  # a subclass may make other numbers
 
     @property
     def is_in_memory(self) -> bool:
-        """Whether kernels find the numbers in memory, as ``places`` tells them."""
+        """Whether kernels find the numbers in memory, where ``places`` says."""
         return "_is_in_memory" in vars(type(self.source))  # a subclass may make other numbers
 
     def blocks(self, lo: int, hi: int) -> tuple[range, int]:
@@ -76,7 +76,7 @@ class Noise:
         return numbers, skip * self.grid.row_size
 
     def places(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """A table that has the numbers of these blocks, flat and float32, and where each begins."""
+        """A table with the numbers of these blocks, flat and float32, and where each block begins."""
         sizes = [self._rows_of(number) * self.grid.row_size for number in numbers]
         table, starts = self.source.places(self.key, numbers, sizes, self.scales.device)  # type: ignore[attr-defined]
         return table, starts
@@ -96,7 +96,7 @@ class Noise:
         return self.source.block(self.key, number, out)
 
     def _place(self, lo: int, hi: int) -> tuple[range, int]:
-        """The numbers of the blocks that hold the local rows, and the first row's place there."""
+        """The numbers of the blocks that hold the local rows, and the first row's place in the first."""
         grid, size = self.grid, self.grid.rows_per_block
         first, skip = divmod(lo + grid.first_row, size)
         end = -(-(hi + grid.first_row) // size)
@@ -108,10 +108,10 @@ class Noise:
         return min(size, self.grid.rows - (number - self.grid.first_block) * size)
 
     def scales_of(self, lo: int, hi: int) -> Tensor:
-        """Of local rows ``[lo, hi)``, or of the local columns where the scales run along them."""
+        """The scales of local rows ``[lo, hi)``, or of the local columns if scales run along these."""
         if self.row_dim == 0:
             if hi - lo == self.scales.shape[0]:
-                return self.scales  # small weights are many, and a view takes a microsecond
+                return self.scales  # a view takes a microsecond, and there may be many small weights
             return self.scales[self.grid.first_row + lo : self.grid.first_row + hi]
         if self.grid.group:
             return self.scales.view(-1, self.grid.row_size)[lo // self.grid.group]
@@ -119,10 +119,8 @@ class Noise:
 
     @torch.no_grad()
     def share_lost(self, weight: Tensor, strength: float) -> float:
-        """The share of elements that ``strength`` times the noise leaves as they are, in one block.
-
-        The sum is rounded to the weight's dtype, and small noise away with it.
-        """
+        """The share of one block's elements that rounding leaves unchanged, if the noise is multiplied by
+        ``strength``."""
         spans = self.grid.spans(weight.shape[0])
         if not spans:
             return 0.0  # this process holds no row

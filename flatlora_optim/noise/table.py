@@ -1,8 +1,8 @@
-"""A shared table of Gaussians, read at seeded offsets, in place of fresh numbers.
+"""A table of Gaussians, read at seeded offsets, in place of fresh numbers.
 
-Generating a Gaussian costs several times as much as adding one. Evolution strategies
-(Salimans et al. 2017, arXiv 1703.03864, section 2.3) therefore draw a large table once and read
-each perturbation from a random place in it.
+Making a Gaussian costs several times as much as adding one. So evolution strategies
+(Salimans et al. 2017, arXiv 1703.03864, section 2.3) draw a large table once and read each perturbation
+from a random place in it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .key import NoiseKey
 
 _SEGMENTS = 64
 _ALIGNMENT = 16
-_BLOCKS = 4  # at least, in a table
-_STREAM = 0x7461626C65  # keeps the table's own numbers apart from GaussianNoise with the same seed
+_BLOCKS = 4  # that a table must have room for
+_STREAM = 0x7461626C65  # gives the table other numbers than GaussianNoise with the same seed
 
 
 class NoiseTable:
@@ -51,7 +51,7 @@ class NoiseTable:
         return f"{type(self).__name__}(size={self._size})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy renews a table of its own, with the same numbers."""
+        """A copy fills a table of its own with the same numbers."""
         return type(self), (self._size,)
 
     def block(self, key: NoiseKey, number: int, out: Tensor) -> Tensor:
@@ -63,15 +63,15 @@ class NoiseTable:
     def places(
         self, key: NoiseKey, numbers: Iterable[int], sizes: Sequence[int], device: torch.device
     ) -> tuple[Tensor, list[int]]:
-        """The table as it stands at this step, and where the blocks of these sizes begin in it.
+        """The table at this step, and where the blocks of these sizes begin in it.
 
-        It is this step's until the numbers of another are asked for.
+        It stays valid until another step's numbers are asked for.
         """
         table = self._table(key, device)
         if _BLOCKS * max(sizes) > (length := table.numel()):
             raise ValueError(
-                f"a noise table of {length} numbers is too small for blocks of {max(sizes)}, which could "
-                f"begin almost nowhere; pass noise=NoiseTable(size=...) with at least {_BLOCKS * max(sizes)}"
+                f"a noise table of {length} numbers is too small for blocks of {max(sizes)}; pass "
+                f"noise=NoiseTable(size=...) with at least {_BLOCKS * max(sizes)}"
             )
         seeds = key.block_seeds(numbers)
         starts = [
@@ -89,7 +89,7 @@ class NoiseTable:
             )
 
     def _table(self, key: NoiseKey, device: torch.device) -> Tensor:
-        """The table as it stands at this step, whichever step was asked for before."""
+        """The table at this step, whichever step it was read at before."""
         self.check_device(device)
         known = self._tables.get(device)
         if known is not None and known[0] == key:

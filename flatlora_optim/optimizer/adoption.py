@@ -11,14 +11,14 @@ from torch.optim import Optimizer
 from .param_groups import SIGMA, STEP, check_loaded, put_state, take_state
 from .schedule import Schedule
 from .state import NoiseState
-from .wrapper import check_base
+from .wrapper import check_base, nested
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
 class Adoption(NoiseState):
-    """An optimizer wrapper that can come and go while others hold its base."""
+    """A wrapper that can be put around an optimizer, and taken off, while others hold that optimizer."""
 
     def __init__(self, base: Optimizer, initial: dict[str, Any], schedule: str | Schedule) -> None:
         self._own_sigmas = [group.get(SIGMA) for group in base.param_groups]
@@ -27,18 +27,17 @@ class Adoption(NoiseState):
 
     @classmethod
     def adopt(cls, base: Any, model: nn.Module, **options: Any) -> Self:
-        """Wraps an optimizer that is in use already, as trainers build, load and wrap it.
+        """Wraps an optimizer that is in use already: trainers build, load and wrap their own.
 
         Args:
-            base: Its param groups may carry the state that a ``FlatLoRAOptimizer`` had saved and that was
-                loaded into ``base`` alone. Then the run goes on from there, as after
-                :meth:`load_state_dict`. It may be inside a wrapper of Accelerate's or DeepSpeed's: the
-                new optimizer takes its place there, see :meth:`install`.
-            model: As of the constructor.
-            **options: As of the constructor.
+            base: If a ``FlatLoRAOptimizer``'s saved state was loaded into ``base`` alone, the run goes on
+                from there, as after :meth:`load_state_dict`. ``base`` may be inside a wrapper of
+                Accelerate's or DeepSpeed's: the new optimizer takes its place there, see :meth:`install`.
+            model: As in the constructor.
+            **options: As in the constructor.
 
         Raises:
-            TypeError, ValueError: As of the constructor, or the loaded state is malformed. Nothing was
+            TypeError, ValueError: As in the constructor, or the loaded state is malformed. Nothing was
                 changed.
 
         Example:
@@ -83,7 +82,7 @@ class Adoption(NoiseState):
         """Closes, and leaves nothing behind: no noise, no hook, no key in the param groups.
 
         Returns:
-            The base, which is back where :meth:`install` had taken its place.
+            The base. If :meth:`install` had put this optimizer in its place, it is back there.
         """
         self.close()
         if self._wrapper is not None and self in layers_of(self._wrapper):
@@ -102,13 +101,11 @@ class Adoption(NoiseState):
 
 
 def layers_of(optimizer: Any) -> Iterator[Any]:
-    """The optimizer, and what Accelerate's and DeepSpeed's wrappers of it hold, outermost first."""
-    yield optimizer
-    while type(optimizer).__module__.startswith(("accelerate.", "deepspeed.")) and hasattr(
-        optimizer, "optimizer"
-    ):
-        optimizer = optimizer.optimizer
-        yield optimizer
+    """The optimizer, and what it wraps if it is Accelerate's or DeepSpeed's, outermost first."""
+    for each in nested(optimizer):
+        yield each
+        if not type(each).__module__.startswith(("accelerate.", "deepspeed.")):
+            return
 
 
 def innermost(optimizer: Any) -> Any:
@@ -121,8 +118,8 @@ def _exchange(wrapper: Any, old: Any, new: Any) -> None:
         if holder is not old and getattr(holder, "optimizer", None) is old:
             holder.optimizer = new
             if getattr(holder, "scaler", None) is not None:
-                # With a GradScaler, Accelerate calls bound methods of the optimizer. What it does after
-                # unpickling binds them anew; its constructor would load the state a second time.
+                # With a GradScaler, Accelerate calls bound methods of the optimizer. `__setstate__` binds
+                # them again; the constructor would load the state a second time.
                 holder.__setstate__({})
             return
     raise ValueError(f"{type(wrapper).__name__} does not hold this {type(old).__name__}")

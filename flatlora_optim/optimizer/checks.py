@@ -1,4 +1,4 @@
-"""Checks of the numbers and names that users pass, and that checkpoints bring."""
+"""Checks of the numbers and names in options and checkpoints."""
 
 from __future__ import annotations
 

@@ -1,18 +1,18 @@
-"""What is told of noise that is not there: nothing is silently done without."""
+"""Warnings about missing noise."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..noise import Noise
 from ..perturbation import Perturbation
 from ..targets import Target, names_of, sharding
-from .hooks import Forwards
+from .forwards import Forwards
 from .param_groups import SIGMA
 
 _NO_NOISE = "so this was a plain LoRA step. "
@@ -34,16 +34,20 @@ IN_TRANSFORM = (
     "Noise can't come in there: use `with optimizer.perturbed():` around it"
 )
 UNSEEN = (
-    "the adapters learn without noise, because the frozen layer's own forward never ran, as when a fused "
-    "kernel reads its weight. Switch that kernel off, or perturb a dense weight in place"
+    "the adapters learn without noise, because the frozen layer's own forward never ran. Probably a fused "
+    "kernel reads its weight: switch that kernel off, or perturb a dense weight in place"
 )
 LATE = (
     "the adapters learn without noise, because they became active after the first forward of the step. "
     "Switch adapters between steps"
 )
+PAST_THE_END = (
+    "training goes on after total_steps={}, with the noise at its peak. It counts optimizer steps: "
+    "epochs * ceil(batches / accumulation)"
+)
 REPLACED = (
-    "the model's adapters are not those in the optimizer, so that they would learn nothing: something has "
-    "put new tensors in their place, as PEFT does when it loads a checkpoint over adapters of another dtype. "
+    "the model's adapters are not those in the optimizer, so this step would train nothing: something has "
+    "replaced their tensors, as PEFT does when it loads a checkpoint over adapters of another dtype. "
     "Build the base optimizer and the FlatLoRAOptimizer after that"
 )
 
@@ -62,7 +66,7 @@ class Adapters:
         }
 
     def ids(self) -> set[int]:
-        """Those of the parameters that are still there."""
+        """The ids of those parameters that still exist."""
         return {
             id(p) for known in self._known.values() for reference in known if (p := reference()) is not None
         }
@@ -70,12 +74,12 @@ class Adapters:
     def replaced(
         self, model: nn.Module, targets: Iterable[Target], groups: Sequence[dict[str, Any]]
     ) -> list[Target]:
-        """The targets whose adapters learn, but are others than those that the optimizer was built for."""
-        # Accelerate puts the parameters that FSDP2 made into the groups; DeepSpeed, others than the model's.
+        """The targets whose adapters learn, but are not those that the optimizer was built for."""
+        # Accelerate puts FSDP2's parameters into the groups; DeepSpeed, parameters of its own.
         known = self.ids() | {id(p) for group in groups for p in group["params"]}
         now = {target: {id(p) for p in target.all_parameters() if p.requires_grad} for target in targets}
         if all(ids <= known for ids in now.values()):
-            return []  # as at almost every step: the model need not be walked through
+            return []  # as at almost each step, and without a walk through the model
         present = {id(parameter) for parameter in model.parameters()}
         found = []
         for target, ids in now.items():
@@ -99,10 +103,10 @@ def complaint_of_step(
     sigmas: Callable[[], Sequence[float]],
     forwards: Forwards,
 ) -> tuple[str, str] | None:
-    """The layers that the step that ends now left without noise, and why; None if all is well.
+    """Which layers had no noise in the step that ends now, and why. None if all had.
 
     Args:
-        noises: One for each perturbation. Empty if none was drawn.
+        noises: The noise of each perturbation. Empty if none was drawn.
         sigmas: Returns the peak sigma of each.
     """
     if not any(noises):
@@ -126,53 +130,35 @@ def complaint_of_step(
 
 
 def _unseen(noises: Sequence[Noise | None], perturbations: Sequence[Perturbation]) -> list[Target]:
-    """The targets that have learned, but whose noise was never looked at."""
+    """The targets that have a gradient, but whose noise nothing computed with."""
     noisy = [each for each, noise in zip(perturbations, noises, strict=True) if noise is not None]
     if sharding.in_a_group() and any(each.was_seen for each in noisy):
-        return []  # the gradient of a layer that did not run here may be that of others
+        return []  # a layer that did not run here may have the gradient of other processes
     return [each.target for each in noisy if not each.was_seen and each.target.has_gradient()]
 
 
-class Coverage(NamedTuple):
-    """How much of what the base optimizer trains has noise."""
-
-    noisy: int
-    """Matrices that belong to the adapters of a perturbed weight."""
-    trained: int
-    """All matrices in the base optimizer."""
-    elements: int
-    """Elements of the perturbed weights."""
-
-    def __str__(self) -> str:
-        share = self.noisy / max(1, self.trained)
-        return f"noise for {self.noisy} of {self.trained} trained matrices ({share:.0%})"
-
-
-def coverage(targets: Sequence[Target], parameters: Sequence[Tensor]) -> Coverage:
-    """Counts the trained parameters of two and more dims, and those that belong to the targets."""
+def coverage(targets: Sequence[Target], parameters: Sequence[Tensor]) -> str:
+    """How many of the trained matrices belong to an adapter of a perturbed weight."""
     covered = _adapters_of(targets)
-    trained = [p for p in parameters if p.ndim > 1]
-    return Coverage(
-        sum(id(p) in covered for p in trained),
-        len(trained),
-        sum(target.weight.shape.numel() for target in targets),
-    )
+    trained = [p for p in parameters if p.ndim > 1 and p.requires_grad]
+    noisy = sum(id(p) in covered for p in trained)
+    return f"noise for {noisy} of {len(trained)} trained matrices ({noisy / max(1, len(trained)):.0%})"
 
 
 def complaints_of_build(
     model: nn.Module, targets: Sequence[Target], groups: Sequence[dict[str, Any]], own_sigma: Sequence[bool]
 ) -> Iterator[str]:
-    """What a new optimizer tells of adapters and settings that it will leave without noise.
+    """Warnings about adapters and settings that a new optimizer will leave without noise.
 
     Args:
         groups: The base optimizer's.
-        own_sigma: Which of them came with a sigma of their own that is neither 0 nor that of the rest.
+        own_sigma: Whether each group had a sigma of its own, which is neither 0 nor the optimizer's.
     """
     parameters = [p for group in groups for p in group["params"]]
     covered = _adapters_of(targets)
     own = covered.keys() | {id(p) for p in model.parameters()}
     pairs = list(_foreign_pairs(own, parameters))
-    if len(pairs) > 1:  # a single one may be a bottleneck
+    if len(pairs) > 1:  # a single pair may be a bottleneck layer
         shapes = ", ".join(f"{tuple(a.shape)} and {tuple(b.shape)}" for a, b in pairs[:2])
         yield (
             f"base trains {len(pairs)} pairs of matrices that look like LoRA ({shapes}"
@@ -183,16 +169,16 @@ def complaints_of_build(
     for number, (group, is_own) in enumerate(zip(groups, own_sigma, strict=True)):
         if is_own and not any(id(p) in covered for p in group["params"]):
             yield (
-                f"param group {number} has sigma={group[SIGMA]}, but no parameter of a perturbed adapter is "
-                f"in it (it has {len(group['params'])} parameters). Look at the names in "
+                f"param group {number} has sigma={group[SIGMA]}, but none of its {len(group['params'])} "
+                "parameters belongs to a perturbed adapter. Look at the names in "
                 "model.named_parameters() that the group was picked by"
             )
 
 
 def _foreign_pairs(own: set[int], parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Neighbours of shapes ``(r, n)`` and ``(m, r)``, of low rank, that are not the model's own.
+    """Neighbours of shapes ``(r, n)`` and ``(m, r)``, of low rank, that don't belong to the model.
 
-    Heads have a bias between two matrices.
+    (Two matrices of a head are no neighbours: there is a bias between them.)
     """
     for a, b in pairwise(p for p in parameters if id(p) not in own):
         if a.ndim == b.ndim == 2:

@@ -1,6 +1,6 @@
-"""FlatLoRAOptimizer: any optimizer, whose gradients are taken at W + eps.
+"""FlatLoRAOptimizer: any optimizer, with gradients taken at W + eps.
 
-A step's noise is drawn once, by its first perturbation, and is the same until ``step`` ends it.
+A step's first perturbation draws its noise, which stays the same until ``step`` ends.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..targets import Target, names_of, sharding
 from . import diagnostics, hooks, other_steps
 from .adoption import Adoption
 from .checks import check_choice
+from .forwards import Forwards
 from .param_groups import SIGMA, initial_state, put_state, take_state
 from .schedule import Schedule
 from .wrapper import changes_nothing, check_base, has_zero_gradients
@@ -37,38 +38,38 @@ class FlatLoRAOptimizer(Adoption):
 
     At each optimizer step the frozen weights carry Gaussian noise during forward and backward,
     ``eps[i, j] ~ N(0, sigma_t^2 * ||W'[i, :]||^2 / n)`` (Flat-LoRA, equations 7 and 8), where
-    ``W' = W + s * B @ A`` is the merged weight and n the number of its inputs. They are
-    bit-identical to before when the base optimizer updates A and B (but with ``restore="subtract"``).
+    ``W' = W + s * B @ A`` is the merged weight and n the number of its inputs. When the base optimizer
+    updates A and B, they are bit-identical to before (except with ``restore="subtract"``).
 
-    It *is* an :class:`torch.optim.Optimizer` that shares ``param_groups``, ``state`` and
-    ``defaults`` with ``base``: learning-rate schedulers may hold either, and whoever calls ``step``
-    holds this one.
+    It *is* a :class:`torch.optim.Optimizer` that shares ``param_groups``, ``state`` and
+    ``defaults`` with ``base``: learning-rate schedulers may hold either, but ``step`` must be called on
+    this one.
 
     Args:
         base: The optimizer that updates the adapters.
-        model: The model that holds the adapters; the one whose forward is called in training. Or
-            several models, whose adapters ``base`` trains together.
+        model: The model with the adapters, whose forward you call in training. Or several models, if
+            ``base`` trains the adapters of all of them.
         sigma: Noise strength relative to the norm of each row. 0.05 is usual for LLMs, up to
             0.15 elsewhere. Param groups may carry their own ``"sigma"``.
         total_steps: Optimizer steps of the whole run, for ``"cosine"`` and ``"linear"``.
             ``"deferred"`` if it is only known later: set ``optimizer.total_steps`` then.
         schedule: ``"cosine"`` from 0 to sigma (the paper's), ``"linear"``, ``"constant"``, or a
             callable that maps the step to a factor on sigma.
-        seed: The only source of the noise; the global generators are never touched.
-        auto: Whether training forwards of ``model`` perturb by themselves. ``"grad"``: also those in
-            eval mode, if they record gradients. Without it, use ``step(closure)`` or :meth:`perturbed`.
+        seed: The seed of the noise. torch's global generators are never touched.
+        auto: Whether training forwards of ``model`` put the noise on by themselves. ``"grad"``: also those
+            in eval mode, if they record gradients. With False, use ``step(closure)`` or :meth:`perturbed`.
         mode: ``"in_place"`` writes the noise into dense weights, ``"virtual"`` adds it in the
-            forward of the frozen layer, ``"auto"`` does the first where it can.
-        restore: How in-place noise is taken away: ``"exact"`` (seed and journal),
-            ``"snapshot"`` (a copy of the weights), ``"subtract"`` (the paper's; low bits drift).
+            forward of the frozen layer, ``"auto"`` writes it where it can.
+        restore: How in-place noise is removed: ``"exact"`` (seed and journal), ``"snapshot"`` (a copy of
+            the weights), ``"subtract"`` (the paper's; low bits drift).
         noise: ``"gaussian"`` (the paper's: independent numbers), ``"table"`` (read from a
             :class:`.NoiseTable`, about twice as fast on a CPU), ``"low_rank"`` (a product of two thin
             matrices: the same covariance, in the forward, for a few percent of a step; see
             :class:`.LowRankNoise`), or any :class:`.NoiseSource`. By default, low-rank noise in the
             forward, and the paper's in place.
         rank_noise: In data-parallel training, ``"independent"`` noise on each copy of the model
-            averages the expectation better; ``"shared"`` gives all of them the same. Ranks that
-            hold parts of one copy (FSDP2, tensor parallelism) always agree.
+            averages the expectation better; ``"shared"`` gives all copies the same. Ranks that hold parts
+            of one copy (FSDP2, tensor parallelism) always agree.
 
     Raises:
         TypeError: ``base`` is no optimizer, ``model`` no module, or a number is of another type.
@@ -130,7 +131,7 @@ class FlatLoRAOptimizer(Adoption):
 
         # Nothing has been changed up to here, and nothing below fails.
         for other in hooks.attached_optimizers(model):
-            # One that is forgotten but not collected yet, as when a notebook's cell runs again.
+            # It was forgotten, but not collected yet, as when a notebook's cell runs again.
             same = not optimized.isdisjoint(id(p) for group in other.param_groups for p in group["params"])
             if same or not other._weights.attached():
                 other.close()
@@ -145,11 +146,11 @@ class FlatLoRAOptimizer(Adoption):
             "noise": noise,
             "rank_noise": rank_noise,
         }
-        self._weights: NoisyWeights = NoisyWeights(model, perturbations)
+        self._weights = NoisyWeights(model, perturbations)
         self._adapters = diagnostics.Adapters(self._weights.targets, optimized)
-        self._forwards = hooks.Forwards(self._weights, self._put_noise_on, auto == "grad")
+        self._forwards = Forwards(self._weights, self._put_noise_on, auto == "grad")
         self._noises: list[Noise | None] | None = None
-        self._perturbing: object = None  # changes with each one who puts noise on
+        self._perturbing: object = None  # a new token for each call of perturb()
         self._warned_of: set[str] = set()
         self._ended = 0  # the number of the last step that had a forward
         self._resolution_checked = self._steps_base = False
@@ -159,7 +160,9 @@ class FlatLoRAOptimizer(Adoption):
             handles += hooks.hook_forwards(self, model)
         self._finalizer = weakref.finalize(self, hooks.release, perturbations, handles)
         if self.skipped:
-            warnings.warn(f"Flat-LoRA leaves these adapters unperturbed:\n{found.report()}", stacklevel=2)
+            warnings.warn(
+                f"this optimizer leaves these adapters unperturbed:\n{found.report()}", stacklevel=2
+            )
         for complaint in diagnostics.complaints_of_build(model, self.targets, self.param_groups, own_sigma):
             warnings.warn(complaint, stacklevel=2)
 
@@ -167,14 +170,14 @@ class FlatLoRAOptimizer(Adoption):
 
     @property
     def is_perturbed(self) -> bool:
-        """Whether the frozen weights carry noise right now. They never do in a step of strength 0, as the
-        first one of ``"cosine"`` and ``"linear"``."""
+        """Whether the frozen weights have noise right now. They never do in a step of strength 0, such as the
+        first step of ``"cosine"`` and ``"linear"``."""
         return self._weights.is_perturbed and not self._weights.is_suspended
 
     @property
     def expects_steps(self) -> bool:
-        """Whether a step of the adapters by somebody else would be a mistake, as noise is on, or comes by
-        itself. Inside of ``perturbed()``, with ``auto=False``, it is the user's own affair."""
+        """Whether another optimizer's step of the adapters would be a mistake, because noise is on, or comes
+        by itself. Inside of ``perturbed()``, with ``auto=False``, the user may do so."""
         if self._options["auto"]:
             return self._peak_sigma > 0
         return any(self._noises or ()) and not self._forwards.explicit
@@ -187,11 +190,11 @@ class FlatLoRAOptimizer(Adoption):
         """Puts this step's noise on the frozen weights.
 
         A second call changes nothing: noise is never added twice. Until the next :meth:`step`,
-        further calls after :meth:`restore` put the same noise on again.
+        calls after :meth:`restore` put the same noise on again.
 
         Raises:
             RuntimeError: Called inside :meth:`clean` or after :meth:`close`, or ``total_steps`` is
-                still unknown.
+                not known yet.
         """
         self._check_open()
         self._perturbing = object()
@@ -237,19 +240,19 @@ class FlatLoRAOptimizer(Adoption):
             yield self
             self.restore()
         except BaseException as error:
-            # An interrupt may have kept the restore from beginning. Restoring twice does no harm. One that
-            # kept the block from beginning leaves it to be collected, perhaps in the middle of a later step.
+            # An interrupt may have come before the restore. Restoring twice does no harm. If it came before
+            # the block, this generator is collected later, perhaps in the middle of another step.
             if not isinstance(error, GeneratorExit) or mine is self._perturbing:
                 self.restore()
             raise
 
     @contextmanager
     def clean(self) -> Iterator[None]:
-        """A block that sees clean weights also in the middle of a perturbed step.
+        """A block with clean weights, in the middle of a step with noise.
 
         Afterwards the same noise is on again and pending backward passes are still valid. Use it
-        around a long evaluation or generation: each forward outside of it restores and perturbs
-        anew.
+        around a long evaluation or generation: without it, each forward restores the weights and perturbs
+        them again.
 
         Example:
             >>> with optimizer.perturbed():
@@ -271,10 +274,10 @@ class FlatLoRAOptimizer(Adoption):
 
     @contextmanager
     def recomputed(self) -> Iterator[None]:
-        """A block for losses that embed twice, as GradCache and the cached losses of sentence-transformers:
-        at first without gradients, then once more inside of ``backward()``.
+        """A block for losses that run each forward twice, as GradCache and the cached losses of
+        sentence-transformers: first without gradients, then again inside of ``backward()``.
 
-        Training forwards see noise in it also under ``no_grad``, so that both passes see the same.
+        In it, training forwards see noise under ``no_grad``, too, so that both passes see the same.
         """
         before, self._forwards.are_recomputed = self._forwards.are_recomputed, True
         try:
@@ -289,7 +292,7 @@ class FlatLoRAOptimizer(Adoption):
 
     def _draw(self) -> list[Noise | None]:
         """This step's noise: None for a target with sigma 0 or without an active adapter."""
-        # Anew while there is none: sigma or an adapter may have been switched on since the last forward.
+        # Drawn again while there is none: sigma or an adapter may have been switched on meanwhile.
         if self._noises is None or not any(self._noises):
             factor = self._factor
             replica = sharding.replica(self._model)
@@ -310,33 +313,38 @@ class FlatLoRAOptimizer(Adoption):
 
         Args:
             closure: Zeroes the gradients, computes the loss, runs backward and returns the loss.
-                It runs with noise on; if the base calls it several times (LBFGS), each time with
-                the same noise.
+                It runs with noise on. If the base calls it several times (LBFGS), the noise is the same
+                each time.
         """
-        self._forwards.running.clear()
-        self._check_adapters()
         if closure is None:
-            self.restore()
-            loss = self._step_base()
-        elif self._base_takes_closure:
-            loss = self._step_base(lambda: self._call_perturbed(closure))
-        else:
-            loss = self._call_perturbed(closure)
-            self._step_base()
-        self._end_step()
-        return loss
+            return self._step_by(self._restore_and_update, self.base.step)
+        return self._step_by(self._update_with, closure)
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        return functools.partial(self._second_step, value) if name == "second_step" else value
+        if name == "second_step":
+            # SAM in two calls: `first_step` leaves the noise on, and `second_step` updates.
+            return functools.partial(self._step_by, self._restore_and_update, value)
+        return value
 
-    def _second_step(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """SAM in two calls: ``first_step`` leaves the noise on, and the update is in ``second_step``."""
+    def _step_by(self, update: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What each step has in common, however it updates the adapters."""
         self._forwards.running.clear()
-        self.restore()
-        result = self._step_base(*args, method=method, **kwargs)
+        self._check_adapters()
+        result = update(*args, **kwargs)
         self._end_step()
         return result
+
+    def _restore_and_update(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.restore()
+        return self._update(method, *args, **kwargs)
+
+    def _update_with(self, closure: Closure) -> Any:
+        if self._base_takes_closure:
+            return self._update(self.base.step, lambda: self._call_perturbed(closure))
+        loss = self._call_perturbed(closure)
+        self._update(self.base.step)
+        return loss
 
     def _check_adapters(self) -> None:
         """Raises RuntimeError if the step would update parameters that are no longer the model's."""
@@ -351,10 +359,10 @@ class FlatLoRAOptimizer(Adoption):
         with torch.enable_grad(), self.perturbed():
             return closure()
 
-    def _step_base(self, *args: Any, method: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+    def _update(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             self._steps_base = True
-            return (method or self.base.step)(*args, **kwargs)
+            return method(*args, **kwargs)
         finally:
             self._steps_base = False
 
@@ -365,7 +373,7 @@ class FlatLoRAOptimizer(Adoption):
             if self.step_count == 0 and has_zero_gradients(self.param_groups):
                 return
             if self.step_count < self._ended:
-                # DeepSpeed steps each group by itself, and the first of them has ended the noise.
+                # DeepSpeed steps each group by itself, and the first of these steps has ended the noise.
                 self._count_step()
                 return
         self._warn_of_missing_noise()
@@ -383,16 +391,18 @@ class FlatLoRAOptimizer(Adoption):
             complaint = diagnostics.complaint_of_step(
                 noises, self._weights.perturbations, lambda: self._sigmas(self.targets), self._forwards
             )
+            if complaint is None and self._is_past_the_end():
+                complaint = "", diagnostics.PAST_THE_END.format(self.total_steps)
         if complaint is not None and complaint[1] not in self._warned_of:
             self._warned_of.add(complaint[1])
-            warnings.warn("".join(complaint), stacklevel=5)
+            warnings.warn("".join(complaint), stacklevel=6)
 
     def _drop_noise(self) -> None:
         self._noises, self._ended = None, 0
         self.restore()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles take the model, the base and the step along."""
+        """Copies and pickles contain the model, the base and the step."""
         self._check_open()
         if self._weights.is_perturbed:
             raise RuntimeError(
@@ -400,7 +410,7 @@ class FlatLoRAOptimizer(Adoption):
                 "`optimizer.restore()` first, or do it right after `optimizer.step()`"
             )
         options = {**self._options, "sigma": self._defaults_for_groups[SIGMA], "schedule": self._schedule}
-        return _rebuilt, (type(self), self.base, self._model, options, self._kept_norms())
+        return _rebuilt, (type(self), self.base, self._model, options, self._weights.kept_norms())
 
     # ------------------------------------------------------------------ looking inside
 
@@ -410,15 +420,15 @@ class FlatLoRAOptimizer(Adoption):
         return self._weights.targets
 
     def metrics(self) -> dict[str, float]:
-        """For loggers: the current step's ``sigma`` and ``noise_norm`` (expected Frobenius norm, over all
+        """For loggers: the current step's ``sigma`` and ``noise_norm`` (the expected Frobenius norm over all
         weights; 0 before the step's first perturbation), and the ``seconds`` spent on noise so far."""
         norm = self._weights.noise_norm(self._noises or [])
         return {"sigma": self.sigma, "noise_norm": norm, "seconds": self._weights.seconds}
 
     def memory(self) -> int:
-        """Bytes held right now to be able to restore (journals or snapshots).
+        """Bytes held right now in order to restore the weights (journals or snapshots).
 
-        On a GPU the room for the journals stays reserved between steps.
+        On a GPU, memory for the journals stays reserved between steps.
         """
         return sum(p.nbytes() for p in self._weights.perturbations)
 
@@ -432,16 +442,6 @@ class FlatLoRAOptimizer(Adoption):
         finally:
             self._finalizer()
 
-    def _kept_norms(self) -> Tensor | None:
-        return self._weights.kept_norms()
-
-    def _keep_norms(self, norms: Tensor | None) -> None:
-        self._weights.keep_norms(norms)
-
-    def _noise_description(self) -> str:
-        name = " and ".join(sorted({_named(each.source) for each in self._weights.perturbations}))
-        return f"{name}, made by {self._weights.makers()}"
-
     def _check_open(self) -> None:
         if not self._finalizer.alive:
             raise RuntimeError(
@@ -454,23 +454,18 @@ class FlatLoRAOptimizer(Adoption):
         counts = Counter((p.target.weight.kind, p.mode) for p in perturbations)
         how = ", ".join(f"{n} {kind} {mode}" for (kind, mode), n in sorted(counts.items()))
         trained = [p for group in self.param_groups for p in group["params"]]
-        covered = diagnostics.coverage(self.targets, trained)
-        skipped = f"{len(self.skipped)} adapters (see .skipped)" if self.skipped else "-"
+        elements = sum(target.weight.shape.numel() for target in self.targets)
+        skipped = f"{len(self.skipped)} (see .skipped)" if self.skipped else "-"
         return (
             f"{type(self).__name__}(\n"
             f"  perturbed: {len(perturbations)} of {len(perturbations) + len(self.skipped)} adapted "
-            f"matrices, {covered.elements:,} elements ({how}); {covered}\n"
+            f"matrices, {elements:,} elements ({how}); {diagnostics.coverage(self.targets, trained)}\n"
             f"  not perturbed: {skipped}\n"
-            f"  noise: {self._noise_description()}; sigma {self._settings()['sigma']}, "
+            f"  noise: {self._weights.description()}; sigma {self._settings()['sigma']}, "
             f"schedule {self._settings()['schedule']}\n"
             f"  step {self.step_count} of {self.total_steps or '?'}, seed {self.seed}\n"
             f"  base: {type(self.base).__name__}\n)"
         )
-
-
-def _named(source: NoiseSource) -> str:
-    kind = type(source)
-    return kind.__name__ if kind.__repr__ is object.__repr__ else repr(source)
 
 
 def _rebuilt(
@@ -483,5 +478,5 @@ def _rebuilt(
     state = take_state(base.param_groups)
     optimizer = cls(base, model, total_steps="deferred", **options)
     put_state(optimizer.param_groups, state)
-    optimizer._keep_norms(norms)
+    optimizer._weights.keep_norms(norms)
     return optimizer

@@ -1,7 +1,7 @@
-"""What a param group carries for us, and the check of state before it is loaded.
+"""What we keep in the param groups, and the check of a state before it is loaded.
 
-Step, seed, sigma and schedule live in the param groups, so every checkpoint format that carries an
-optimizer's ``param_groups`` carries them too.
+Step, seed, sigma and schedule are in the param groups. So any checkpoint format that keeps an
+optimizer's ``param_groups`` keeps them, too.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ SEED = _PREFIX + "seed"
 TOTAL_STEPS = _PREFIX + "total_steps"
 SCHEDULE = _PREFIX + "schedule"
 NOISE = _PREFIX + "noise"
-"""What made the noise. In states only, not in the groups of an optimizer."""
+"""What made the noise. Only in a state, not in an optimizer's groups."""
 NORMS = _PREFIX + "norms"
-"""Row norms that are kept from step to step, a tensor. In the first group of states only, if at all."""
+"""Row norms that are kept from step to step, a tensor. Only in the first group of a state, if at all."""
 NESTED = "flatlora"
-"""In a state whose own ``param_groups`` lie deeper: what our groups carry."""
+"""The key for what we keep, in a state that has no ``param_groups`` at its top."""
 SIGMA = "sigma"
 _SHARED = STEP, SEED, TOTAL_STEPS, SCHEDULE  # by all groups
 KEYS = (SIGMA, *_SHARED)
 
 CUSTOM_SCHEDULE = "custom"
-"""Stands for a callable, which no checkpoint can carry."""
+"""Stands for a callable, which no checkpoint can hold."""
 
 
 def initial_state(
@@ -42,14 +42,14 @@ def initial_state(
     total_steps: int | str | None,
     schedule: str | Schedule,
 ) -> dict[str, Any]:
-    """What each param group carries at the start of a run.
+    """What we keep in each param group at the start of a run.
 
     Args:
-        groups: The base optimizer's, some of which may have a sigma of their own.
+        groups: The base optimizer's. Some may have a sigma of their own.
 
     Raises:
-        TypeError, ValueError: A value is of another type or out of range, the schedule lacks
-            ``total_steps``, or the groups carry another run's state.
+        TypeError, ValueError: A value has a wrong type or is out of range, the schedule needs
+            ``total_steps``, or the groups hold another run's state.
     """
     check_schedule(schedule)
     deferred = total_steps == "deferred"
@@ -63,9 +63,9 @@ def initial_state(
         check_sigma(group.get(SIGMA, sigma))
         if STEP in group:
             raise ValueError(
-                "the param groups of base carry the state of another FlatLoRAOptimizer, which would "
+                "the param groups of base hold the state of another FlatLoRAOptimizer, which would "
                 "silently replace these options: make a new base optimizer, and load a checkpoint "
-                "by `FlatLoRAOptimizer.load_state_dict`; to go on from that state, use "
+                "by `FlatLoRAOptimizer.load_state_dict`; to continue from that state, use "
                 "`FlatLoRAOptimizer.adopt`"
             )
     return {
@@ -78,21 +78,21 @@ def initial_state(
 
 
 def fill_groups(groups: list[dict[str, Any]], initial: dict[str, Any]) -> None:
-    """Gives groups that came from elsewhere (a plain checkpoint, the base) what is missing."""
+    """Adds what is missing to groups that came from elsewhere (the base, a plain checkpoint)."""
     for group in groups:
         for key in KEYS:
             if key not in group:
                 group[key] = initial[key] if key == SIGMA else groups[0].get(key, initial[key])
-        group[SIGMA] = check_sigma(group[SIGMA])  # a plain number, for it travels in checkpoints
+        group[SIGMA] = check_sigma(group[SIGMA])  # a plain number, which any checkpoint can hold
 
 
 def complete_groups(
     groups: list[dict[str, Any]], before: list[dict[str, Any]], options: Iterable[str]
 ) -> None:
-    """Gives groups that were just loaded what a plain checkpoint does not know.
+    """Adds what a plain checkpoint lacks to groups that were just loaded.
 
     Raises:
-        ValueError: They lack an option of the base optimizer, whose own code has not added it.
+        ValueError: They lack an option of the base optimizer, which has not added it by itself.
     """
     for group, known in zip(groups, before, strict=True):
         missing = [key for key in options if key in known and key not in group]
@@ -103,9 +103,9 @@ def complete_groups(
 
 
 def take_state(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Takes from the groups what an optimizer under way, or its checkpoint, has put there, and returns it.
+    """Removes from the groups what an optimizer or its checkpoint has put there, and returns it.
 
-    Without that, a sigma is what a user has given to a group, and stays.
+    If nothing has, a group's sigma is the user's, and stays.
     """
     keys = [*_SHARED, NOISE, NORMS]
     if any(STEP in group for group in groups):
@@ -120,7 +120,7 @@ def put_state(groups: list[dict[str, Any]], state: list[dict[str, Any]]) -> None
 
 
 def check_loaded(groups: list[dict[str, Any]], custom_schedule: bool) -> None:
-    """Checks what the groups of a checkpoint carry for us.
+    """Checks what we keep in the groups of a checkpoint.
 
     Raises:
         TypeError, ValueError: It is malformed, or from another schedule.
@@ -132,22 +132,34 @@ def check_loaded(groups: list[dict[str, Any]], custom_schedule: bool) -> None:
             raise ValueError(f"the checkpoint's param groups disagree on {key!r}")
 
 
-def check_state_dict(state_dict: dict[str, Any], groups: list[dict[str, Any]], custom_schedule: bool) -> None:
-    """Checks the shape of a state dict against the optimizer's own groups, before anything is changed.
+def check_state_dict(state_dict: object, groups: list[dict[str, Any]], custom_schedule: bool) -> None:
+    """Checks a state dict against the optimizer's own groups, before anything is changed.
 
     What the base optimizer keeps for each parameter is its own business.
 
     Raises:
         TypeError, ValueError: It is malformed, of another shape, or from another schedule.
     """
-    for key, kind in (("state", dict), ("param_groups", list)):
-        if not isinstance(state_dict.get(key), kind):
-            raise ValueError(f"the optimizer state has no {kind.__name__} under {key!r}")
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"the optimizer state must be a dict, got {type(state_dict).__name__}")
+    key = "param_groups" if state_dict.get(NESTED) is None else NESTED
+    saved = state_dict.get(key)
+    if not (isinstance(saved, list) and all(isinstance(group, dict) for group in saved)):
+        raise ValueError(f"the optimizer state has no list of dicts under {key!r}")
+    if len(saved) != len(groups):
+        raise ValueError(f"the checkpoint has {len(saved)} param groups, the optimizer has {len(groups)}")
+    if key != NESTED:
+        _check_parameters(state_dict, groups)
+    check_loaded(saved, custom_schedule)
+
+
+def _check_parameters(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    if not isinstance(state_dict.get("state"), dict):
+        raise ValueError("the optimizer state has no dict under 'state'")
     saved = state_dict["param_groups"]
-    _check_count(saved, groups)
     named: set[object] = set()
     for i, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
-        if not isinstance(theirs, dict) or not isinstance(theirs.get("params"), (list, tuple)):
+        if not isinstance(theirs.get("params"), (list, tuple)):
             raise ValueError(f"param group {i} of the checkpoint is malformed")
         if len(theirs["params"]) != len(ours["params"]):
             raise ValueError(
@@ -157,28 +169,13 @@ def check_state_dict(state_dict: dict[str, Any], groups: list[dict[str, Any]], c
         named.update(theirs["params"])
     if len(named) != sum(len(group["params"]) for group in groups):
         raise ValueError("the checkpoint names a parameter twice")
-    check_loaded(saved, custom_schedule)
     # PEFT's LoRA-FA keeps its state under names of modules.
     unknown = [key for key in state_dict["state"] if isinstance(key, int) and key not in named]
     if unknown:
         raise ValueError(f"the checkpoint has state for parameters in no group: {unknown[:3]}")
 
 
-def check_nested(nested: object, groups: list[dict[str, Any]], custom_schedule: bool) -> None:
-    """The same for what we add to the state of a base that has no ``param_groups`` in its own."""
-    if not (isinstance(nested, list) and all(isinstance(group, dict) for group in nested)):
-        raise ValueError(f"the optimizer state has no list of dicts under {NESTED!r}")
-    _check_count(nested, groups)
-    check_loaded(nested, custom_schedule)
-
-
-def _check_count(saved: list[Any], groups: list[dict[str, Any]]) -> None:
-    if len(saved) != len(groups):
-        raise ValueError(f"the checkpoint has {len(saved)} param groups, the optimizer has {len(groups)}")
-
-
 def _check_group(group: dict[str, Any], custom_schedule: bool) -> None:
-    """Checks what a checkpoint's param group says about the noise."""
     if SIGMA in group:
         check_sigma(group[SIGMA])
     if not any(key in group for key in KEYS if key != SIGMA):
@@ -191,10 +188,10 @@ def _check_group(group: dict[str, Any], custom_schedule: bool) -> None:
         raise ValueError(f"the checkpoint is of another version of flatlora-optim: it has {unknown[0]!r}")
     check_step(group[STEP])
     check_seed(group[SEED])
-    # None is a length that is still to come: Accelerate loads a fresh optimizer's own state.
+    # It may be None, if the length is not known yet: Accelerate loads a new optimizer's own state.
     check_total_steps(group[TOTAL_STEPS])
     if not isinstance(group.get(NOISE, ""), str):
-        raise TypeError(f"the checkpoint's noise must be described by a text, got {group[NOISE]!r:.60}")
+        raise TypeError(f"the checkpoint's noise must be a string, got {group[NOISE]!r:.60}")
     norms = group.get(NORMS, torch.empty(0, dtype=torch.float32))
     if not (isinstance(norms, Tensor) and norms.dtype == torch.float32 and norms.ndim == 1):
         raise TypeError(f"the checkpoint's row norms must be a 1-D float32 tensor, got {norms!r:.60}")
@@ -202,7 +199,7 @@ def _check_group(group: dict[str, Any], custom_schedule: bool) -> None:
     if schedule == CUSTOM_SCHEDULE:
         if not custom_schedule:
             raise ValueError(
-                "the checkpoint was made with a callable schedule, which it can't carry: "
+                "the checkpoint was made with a callable schedule, which it can't hold: "
                 "build the optimizer with the same callable as `schedule`"
             )
         return

@@ -1,4 +1,4 @@
-"""The state of the noise: step, seed, sigma and schedule, and how a checkpoint carries it."""
+"""The state of the noise: step, seed, sigma and schedule, and how a checkpoint holds it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..perturbation import NoisyWeights
 from ..targets import Target
 from .checks import check_sigma, check_step, check_total_steps
 from .param_groups import (
@@ -23,12 +23,11 @@ from .param_groups import (
     SIGMA,
     STEP,
     TOTAL_STEPS,
-    check_nested,
     check_state_dict,
     complete_groups,
     fill_groups,
 )
-from .schedule import Schedule, factor
+from .schedule import Schedule, factor, needs_total_steps
 from .wrapper import OptimizerWrapper
 
 
@@ -40,23 +39,26 @@ class NoiseState(OptimizerWrapper):
         schedule: A name or a callable, which no param group can carry.
     """
 
+    _weights: NoisyWeights
+    """Set by the subclass."""
+
     def __init__(self, base: Optimizer, initial: dict[str, Any], schedule: str | Schedule) -> None:
         super().__init__(base)
         self._defaults_for_groups = initial
         self._schedule = schedule
         self._is_detached = False
-        self._homes = WeakTensorKeyDictionary()
-        self._remember_homes()
+        self._group_of = WeakTensorKeyDictionary()
+        self._remember_groups()
 
     def _filled_groups(self) -> list[dict[str, Any]]:
-        """The param groups; those that came from elsewhere are given what they lack."""
+        """The param groups, with what is missing added to those that came from elsewhere."""
         groups = [dict(group) for group in self.param_groups] if self._is_detached else self.param_groups
         fill_groups(groups, self._defaults_for_groups)
         return groups
 
     @property
     def step_count(self) -> int:
-        """Optimizer steps finished so far. May be set between steps, where a run starts at another step."""
+        """Optimizer steps finished so far. May be set between steps, to start a run at another step."""
         return int(self._filled_groups()[0][STEP])
 
     @step_count.setter
@@ -69,7 +71,7 @@ class NoiseState(OptimizerWrapper):
 
     @property
     def seed(self) -> int:
-        """Of the noise."""
+        """The seed of the noise."""
         return int(self._filled_groups()[0][SEED])
 
     @property
@@ -89,7 +91,7 @@ class NoiseState(OptimizerWrapper):
         """sigma_t of the current step, for the first param group, whose ``"sigma"`` is the peak.
 
         Raises:
-            RuntimeError: ``total_steps`` is still to be set.
+            RuntimeError: ``total_steps`` is not set yet.
         """
         return float(self._filled_groups()[0][SIGMA]) * self._factor
 
@@ -97,18 +99,22 @@ class NoiseState(OptimizerWrapper):
     def _factor(self) -> float:
         return factor(self._schedule, self.step_count, self.total_steps)
 
+    def _is_past_the_end(self) -> bool:
+        total = self.total_steps
+        return needs_total_steps(self._schedule) and total is not None and self.step_count >= total
+
     def _sigmas(self, targets: Sequence[Target]) -> list[float]:
-        """Of each target: that of the groups which hold its adapters."""
+        """The sigma of each target, from the groups that hold its adapters."""
         groups = self._groups_in_use()
         current = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
         parameters = [list(target.all_parameters()) for target in targets]
         held = {current.get(id(p)) for adapters in parameters for p in adapters}
         sigmas = []
         for target, adapters in zip(targets, parameters, strict=True):
-            homes = {current.get(id(p)) for p in adapters}
-            # A group without any of the model's parameters has others in their place.
-            homes |= {self._homes.get(p) for p in adapters} - held
-            values = {groups[home][SIGMA] for home in homes if home is not None}
+            indices = {current.get(id(p)) for p in adapters}
+            # In a group without any of the model's parameters, others stand for them.
+            indices |= {self._group_of.get(p) for p in adapters} - held
+            values = {groups[i][SIGMA] for i in indices if i is not None}
             if len(values) > 1:
                 raise ValueError(
                     f"{target.name}: the parameters of its adapters are in groups of different sigma "
@@ -118,14 +124,14 @@ class NoiseState(OptimizerWrapper):
         return sigmas
 
     def _groups_in_use(self) -> list[dict[str, Any]]:
-        """The groups that have parameters. DeepSpeed drops the others."""
+        """The groups with parameters. DeepSpeed drops empty ones."""
         return [group for group in self._filled_groups() if group["params"]]
 
-    def _remember_homes(self) -> None:
-        """Notes which group each parameter is in: DeepSpeed puts flat partitions in their place."""
+    def _remember_groups(self) -> None:
+        """Notes which group each parameter is in, before DeepSpeed replaces them by flat partitions."""
         for i, group in enumerate(self._groups_in_use()):
             for parameter in group["params"]:
-                self._homes[parameter] = i
+                self._group_of[parameter] = i
 
     def _count_step(self) -> None:
         step = self.step_count + 1
@@ -141,11 +147,11 @@ class NoiseState(OptimizerWrapper):
         if SIGMA in param_group:
             check_sigma(param_group[SIGMA])
         self.base.add_param_group(param_group)
-        self._remember_homes()
+        self._remember_groups()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state; step, seed, sigma and schedule travel in ``param_groups``."""
-        groups, noise, norms = self._filled_groups(), self._noise_description(), self._kept_norms()
+        """The base optimizer's state, with step, seed, sigma and schedule in its ``param_groups``."""
+        groups, noise, norms = self._filled_groups(), self._weights.description(), self._weights.kept_norms()
         state = self.base.state_dict()
         if isinstance(state.get("param_groups"), list):
             for group in state["param_groups"]:
@@ -153,30 +159,24 @@ class NoiseState(OptimizerWrapper):
             if norms is not None:
                 state["param_groups"][0][NORMS] = norms
             return state
-        # A base around another optimizer, as Lookahead, may keep that one's state under a name of its own.
+        # A base that wraps another optimizer, as Lookahead, may keep its state under another name.
         ours = [{NOISE: noise, **{key: group[key] for key in KEYS}} for group in groups]
         if norms is not None:
             ours[0][NORMS] = norms
         return {**state, NESTED: ours}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of this class, or of the base optimizer alone (then the step is kept).
+        """Loads a state of this class, or of the base optimizer alone (then the step stays).
 
-        Step, seed, sigma and schedule are those of the state from then on; a warning names those that were
-        others, apart from the step. The noise of a step that is under way is taken away.
+        From then on, step, seed, sigma and schedule are the state's. A warning names those that differed,
+        except the step. If the current step has noise, it is removed.
 
         Raises:
             TypeError, ValueError: The state is malformed or of another shape. Nothing was changed.
         """
-        if not isinstance(state_dict, dict):
-            raise TypeError(f"the optimizer state must be a dict, got {type(state_dict).__name__}")
-        groups, is_custom = self._filled_groups(), not isinstance(self._schedule, str)
+        check_state_dict(state_dict, self._filled_groups(), not isinstance(self._schedule, str))
         nested = state_dict.get(NESTED)
-        if nested is None:
-            check_state_dict(state_dict, groups, is_custom)
-        else:
-            check_nested(nested, groups, is_custom)
-            state_dict = {key: value for key, value in state_dict.items() if key != NESTED}
+        state_dict = {key: value for key, value in state_dict.items() if key != NESTED}
         before, settings = (self.state, self.param_groups), self._settings()
         try:
             self.base.load_state_dict(state_dict)
@@ -191,30 +191,19 @@ class NoiseState(OptimizerWrapper):
         self._was_loaded(settings)
 
     def _was_loaded(self, settings: dict[str, Any]) -> None:
-        """To be called when the groups carry loaded state, with the settings before."""
-        # How the noise is made now is asked for when it is saved.
+        """Call this when the groups hold a loaded state, with the settings from before."""
+        # How the noise is made is noted when a state is saved.
         noises = [group.pop(NOISE, None) for group in self.param_groups]
         norms = [group.pop(NORMS, None) for group in self.param_groups]
         saved = self.param_groups[0][SCHEDULE]
         if saved != CUSTOM_SCHEDULE:
             self._schedule = saved
         self._drop_noise()
-        self._keep_norms(norms[0])
+        self._weights.keep_norms(norms[0])
         self._warn_of_differences(settings, noises[0])
 
     def _drop_noise(self) -> None:
-        """Ends the noise of the step that is under way, if there is any."""
-        raise NotImplementedError
-
-    def _kept_norms(self) -> Tensor | None:
-        """What is known of row norms and a resumed run would not read at the same steps."""
-        raise NotImplementedError
-
-    def _keep_norms(self, norms: Tensor | None) -> None:
-        raise NotImplementedError
-
-    def _noise_description(self) -> str:
-        """Whose numbers the noise is made of: with others, the same seed gives another run."""
+        """Ends the current step's noise, if there is any."""
         raise NotImplementedError
 
     def _settings(self) -> dict[str, Any]:
@@ -228,11 +217,11 @@ class NoiseState(OptimizerWrapper):
         }
 
     def _warn_of_differences(self, before: dict[str, Any], noise_before: str | None) -> None:
-        """Warns of what a checkpoint that was just loaded has changed, or does not go on with.
+        """Warns of what a loaded checkpoint has changed, and of noise that differs from its own.
 
         Args:
             before: The settings that it replaced.
-            noise_before: Its own description of the noise.
+            noise_before: The checkpoint's description of the noise.
         """
         others = [
             f"{name} is {value!r} (not {before[name]!r})"
@@ -245,10 +234,10 @@ class NoiseState(OptimizerWrapper):
                 '`optimizer.total_steps`, or the param groups\' "sigma", after loading',
                 stacklevel=3,
             )
-        noise = self._noise_description()
+        noise = self._weights.description()
         if self.step_count and noise_before not in (None, noise):
             warnings.warn(
-                f"up to this checkpoint the noise was that of {noise_before}; from here on, that of {noise}. "
+                f"up to this checkpoint the noise came from {noise_before}; from here on, from {noise}. "
                 "The run goes on with noise of the same strength, but not with the numbers it would have had",
                 stacklevel=3,
             )

@@ -5,8 +5,8 @@
 ``choice``    which adapters of a model are perturbed, and in which of two ways
 ``in_place``  writing the weight: ``W += eps``, later ``W -= eps``, to the bit
 ``virtual``   noise in the forward: the weight is never written
-``low_rank``  the same for low-rank noise, at the cost of two thin products
-``base``      the interface of both
+``low_rank``  the same for noise of low rank, at the cost of two thin products
+``base``      the interface of all three
 ============  =====================================================================
 """
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..kernels.checksums import Checksums
 from ..kernels.part import Part
-from ..kernels.seal import Seal
 from ..noise import Noise, NoiseSource
 from ..targets import Target
 from ..targets.sharding import local_part
@@ -19,17 +19,16 @@ from ..targets.sharding import local_part
 class Perturbation:
     """Puts noise on one target and takes it away again.
 
-    What is written into the weight itself is left to the caller, who can then write many weights
-    at once: ``apply`` and ``remove`` return the parts that are to be perturbed, or restored.
-    Anything may be interrupted anywhere by an exception. ``remove`` and ``forget`` then end
-    whatever had begun, and may be called again until they return.
+    ``apply`` and ``remove`` don't write the weight themselves: they return the parts to perturb, or to
+    restore, so that the caller can write many weights at once. An exception may interrupt anything
+    anywhere. ``remove`` and ``forget`` then end what had begun, and may be called again until they return.
     """
 
     mode = ""
     """How the target is perturbed, as shown by ``print(optimizer)``."""
 
     was_seen = True
-    """Whether anything has ever computed with the noise, as far as that can be told."""
+    """Whether anything has ever computed with the noise, as far as one can see."""
 
     def __init__(self, target: Target, source: NoiseSource) -> None:
         self.target = target
@@ -49,11 +48,11 @@ class Perturbation:
         return ()
 
     def forget(self) -> None:
-        """Ends the perturbation without writing anything. Does nothing when nothing is applied."""
+        """Ends the perturbation without writing anything. Does nothing if none is applied."""
         raise NotImplementedError
 
     def skip(self) -> None:
-        """There is no noise in this step. Called before it begins, in place of ``apply``."""
+        """Called in place of ``apply`` before a step without noise."""
 
     def written(self) -> Tensor | None:
         """The tensor whose values ``apply`` changed, if any."""
@@ -63,24 +62,23 @@ class Perturbation:
         """A copy of ``W`` as it was before ``apply``, if ``written`` holds something else."""
         return None
 
-    def seal(self, seal: Seal, number: int) -> None:
-        """Takes note of the perturbed weight, for ``changed`` to compare with: it is the one of this number
-        in the seal."""
+    def keep_checksum(self, checksums: Checksums, number: int) -> None:
+        """Notes that the perturbed weight's checksum is the one of this number, for ``changed``."""
 
-    def sealed(self) -> tuple[Seal, int] | None:
-        """What ``seal`` was told, if there is anything that it can tell."""
+    def kept_checksum(self) -> tuple[Checksums, int] | None:
+        """What ``keep_checksum`` was given, if the weight was written."""
         return None
 
     def changed(self) -> bool:
-        """Whether somebody else replaced or wrote the weight since ``seal``, as far as that can be told
-        without looking at its elements."""
+        """Whether somebody else replaced or wrote the weight since ``keep_checksum``, as far as one can see
+        without reading it."""
         return False
 
     def leave_merged(self) -> bool:
-        """Subtracts the noise from a weight that meanwhile has an adapter merged into it, and tells so.
+        """Subtracts the noise, with a warning, if an adapter was merged into the weight meanwhile.
 
         Returns:
-            Whether that is what happened to it.
+            Whether that was so.
         """
         return False
 
@@ -92,43 +90,44 @@ class Perturbation:
         )
 
     def nbytes(self) -> int:
-        """Memory held to be able to restore, in bytes."""
+        """Bytes held in order to restore the weight."""
         return 0
 
 
 @torch.no_grad()
 def apply_all(perturbations: Sequence[Perturbation], noises: Sequence[Noise | None]) -> None:
-    """Applies each noise, if there is one, to its target. ``remove_all`` takes back also a part."""
+    """Applies each noise, if there is one, to its target. ``remove_all`` undoes it, also if an exception
+    came in between."""
     pairs = zip(perturbations, noises, strict=True)
     kernels.perturb([part for p, noise in pairs if noise is not None for part in p.apply(noise)])
 
 
 @torch.no_grad()
-def seal_all(perturbations: Sequence[Perturbation]) -> None:
-    """Takes note of the perturbed weights: from here on, a write by anybody else is noticed."""
+def take_checksums(perturbations: Sequence[Perturbation]) -> None:
+    """From here on, a write to the perturbed weights by anybody else is noticed."""
     tensors = [(p, tensor) for p in perturbations if (tensor := p.written()) is not None]
-    seal = Seal([local_part(tensor) for _, tensor in tensors])
+    checksums = Checksums([local_part(tensor) for _, tensor in tensors])
     for number, (perturbation, _) in enumerate(tensors):
-        perturbation.seal(seal, number)
+        perturbation.keep_checksum(checksums, number)
 
 
 @torch.no_grad()
 def changed_among(perturbations: Sequence[Perturbation]) -> list[Perturbation]:
-    """Those whose weights somebody else has written. The device is asked once for all of them."""
+    """Those whose weights somebody else has written. Waits once for each device."""
     changed = {i for i, perturbation in enumerate(perturbations) if perturbation.changed()}
-    by_seal: dict[Seal, dict[int, int]] = {}
+    kept: dict[Checksums, dict[int, int]] = {}
     for i, perturbation in enumerate(perturbations):
-        if i not in changed and (sealed := perturbation.sealed()) is not None:
-            by_seal.setdefault(sealed[0], {})[sealed[1]] = i
-    for seal, numbers in by_seal.items():
-        changed.update(numbers[number] for number in seal.broken(numbers))
+        if i not in changed and (checksum := perturbation.kept_checksum()) is not None:
+            kept.setdefault(checksum[0], {})[checksum[1]] = i
+    for checksums, numbers in kept.items():
+        changed.update(numbers[number] for number in checksums.changed(numbers))
     return [perturbations[i] for i in sorted(changed)]
 
 
 def forget_changed(perturbations: Sequence[Perturbation]) -> list[Perturbation]:
-    """Leaves weights that somebody else has written to them, and returns whose they are.
+    """Gives up weights that somebody else has written, and returns their perturbations.
 
-    From a weight that an adapter was merged into, the noise is subtracted: nothing else is lost of it.
+    If an adapter was merged into the weight meanwhile, only the noise is subtracted and the merge is kept.
     """
     left = []
     for perturbation in changed_among(perturbations):
@@ -139,11 +138,11 @@ def forget_changed(perturbations: Sequence[Perturbation]) -> list[Perturbation]:
 
 
 def remove_all(perturbations: Sequence[Perturbation]) -> None:
-    """Removes every one, also when an exception (Ctrl-C, say) arrives in between."""
+    """Removes each of them, also if an exception such as Ctrl-C comes in between."""
     try:
         _remove(perturbations)
     except BaseException:
-        # Removing twice does no harm, and one that can't be removed must not keep the others.
+        # Removing twice does no harm, and one that can't be removed must not stop the others.
         for perturbation in perturbations:
             with suppress(Exception):
                 _remove([perturbation])

@@ -1,6 +1,9 @@
-"""Which adapters of a model are perturbed by an optimizer, and how."""
+"""Which adapters of a model an optimizer perturbs, and how."""
 
 from __future__ import annotations
+
+from functools import partial
+from types import FunctionType, MethodType
 
 from torch import nn
 
@@ -16,7 +19,7 @@ from ..targets import (
 )
 from .base import Perturbation
 from .in_place import InPlace
-from .low_rank import LowRankPerturbation
+from .low_rank import LowRankExperts, LowRankPerturbation
 from .virtual import VirtualPerturbation
 
 
@@ -29,7 +32,7 @@ def choose_perturbations(
         optimized: The ids of the parameters in the base optimizer.
 
     Raises:
-        ValueError: There is none, or one that can't be perturbed in the mode that was asked for.
+        ValueError: There is no target, or one can't be perturbed in the mode that was asked for.
     """
     found = find_targets(model, lambda target: _why_not_optimized(target, optimized))
     perturbations = []
@@ -54,33 +57,39 @@ def choose_perturbations(
             f"no LoRA module to perturb in {type(model).__name__}. Looked for PEFT layers (`base_layer` with "
             "`lora_A`/`lora_B` of an active adapter), loralib-style layers (`weight`, `lora_A`, `lora_B`, "
             "`scaling`) and modules described by `flatlora_optim.register`, whose adapter parameters are in "
-            f"the base optimizer.{skipped}"
+            "the base optimizer. Pass what get_peft_model returned, and build the base from its parameters."
+            f"{skipped}"
         )
     return perturbations, found
 
 
 def _is_called_by_users(model: nn.Module, target: Target) -> bool:
-    """Whether nothing calls the layer but the user."""
+    """Whether only the user can call the layer: no module around it has a forward."""
     path = target.name.split(".") if target.name else []
     above = [model.get_submodule(".".join(path[:end])) for end in range(len(path))]
     return all(type(module).forward is nn.Module.forward for module in above)
 
 
 def _check_fused(model: nn.Module, target: Target) -> None:
-    """Raises UnsupportedAdapterError if the layer's forward is passed over by a fused kernel.
+    """Raises UnsupportedAdapterError if a fused kernel computes without the layer's forward.
 
-    unsloth and Axolotl put such kernels into attention and MLP modules: they read the packed weights.
+    unsloth and Axolotl put such kernels into attention and MLP modules, and into single layers: as their
+    forwards, or as functions that the forward calls (``apply_qkv``, ``apply_o``).
     """
     parent, _, own = target.name.rpartition(".")
-    module = model.get_submodule(parent)
-    place = "apply_o" if own.startswith("o") else "apply_qkv"
-    for kernel in (module.__dict__.get("forward"), module.__dict__.get(place)):
-        name = getattr(kernel, "__name__", "")
-        if name.startswith("apply_lora"):
-            raise UnsupportedAdapterError(
-                f"a fused kernel ({name}) of {parent} reads its weight past its forward, where the noise is; "
-                "switch that kernel off"
-            )
+    layers = {target.name: target.layer, parent: model.get_submodule(parent)}
+    for owner, module in layers.items():
+        for place, function in module.__dict__.items():
+            while isinstance(function, (MethodType, partial)):
+                function = function.__func__ if isinstance(function, MethodType) else function.func
+            if not (isinstance(function, FunctionType) and "apply_lora" in function.__qualname__):
+                continue
+            reads_output = place.startswith("apply_o")  # the projection after attention, not those before it
+            if not place.startswith("apply_") or reads_output == own.startswith("o"):
+                raise UnsupportedAdapterError(
+                    f"a fused kernel ({function.__name__}) of {owner} reads its weight without calling its "
+                    "forward, where the noise is; switch that kernel off"
+                )
 
 
 def _why_not_optimized(target: Target, optimized: set[int]) -> str | None:
@@ -99,12 +108,12 @@ def choose_perturbation(
         source: By default, low-rank noise in the forward, and the paper's in place.
 
     Raises:
-        UnsupportedAdapterError: It can't be, in this mode.
+        UnsupportedAdapterError: It can't be perturbed in this mode.
     """
     if getattr(target.owner, "max_norm", None) is not None:
         raise UnsupportedAdapterError("its forward renormalizes the weight itself (`max_norm`)")
     weight = target.weight
-    # A layer that merges by itself must never find noise in its weight.
+    # A layer that merges by itself must never do so into a weight with noise.
     can_be_written = isinstance(weight, DenseWeight) and not target.merges_by_itself
     if mode == "virtual" or (mode == "auto" and (not can_be_written or isinstance(source, LowRankNoise))):
         try:
@@ -124,5 +133,6 @@ def choose_perturbation(
 
 def _in_forward(target: Target, source: NoiseSource) -> Perturbation:
     if isinstance(source, LowRankNoise):
-        return LowRankPerturbation(target, source)
+        kind = LowRankExperts if target.weight.kind == "experts" else LowRankPerturbation
+        return kind(target, source)
     return VirtualPerturbation(target, source)

@@ -1,8 +1,8 @@
-"""Writing the noise into the weight: W += eps, later W -= eps, to the bit.
+"""Noise that is written into the weight: W += eps, later W -= eps, to the bit.
 
-All arithmetic is in float32 or wider, from the same stream, rounded once to the weight's dtype. ``exact``
-journals the few elements that the subtraction would miss, ``snapshot`` keeps a copy of the
-weight, ``subtract`` (the paper's way) lets them drift.
+All arithmetic is in float32 or wider, with the same numbers, and rounded once to the weight's dtype.
+``exact`` journals the few elements that the subtraction would miss, ``snapshot`` keeps a copy of the
+weight, and ``subtract`` (the paper's way) lets them drift.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import parts_of
+from ..kernels.checksums import Checksums
 from ..kernels.part import Keep, Part, visit
-from ..kernels.seal import Seal
 from ..kernels.threads import lasting_empty
 from ..noise import Noise, NoiseSource
 from ..targets import DenseWeight, Target, names_of
@@ -27,8 +27,8 @@ from .base import Perturbation, changed_among
 RESTORE_MODES = {"exact": Keep.JOURNAL, "snapshot": Keep.COPY, "subtract": Keep.NOTHING}
 
 
-_carriers: WeakValueDictionary[object, InPlace] = WeakValueDictionary()
-"""Which perturbation has its noise on the weight at a place in memory, under whatever names it is known."""
+_applied_at: WeakValueDictionary[object, InPlace] = WeakValueDictionary()
+"""The perturbation whose noise is on the weight at a place in memory, whichever tensor shows it."""
 
 
 class WeightChangedError(RuntimeError):
@@ -39,7 +39,7 @@ class InPlace(Perturbation):
     """Noise in a dense weight itself.
 
     Args:
-        target: Whose frozen weight is dense.
+        target: Its frozen weight must be dense.
         restore: A key of ``RESTORE_MODES``.
     """
 
@@ -54,17 +54,17 @@ class InPlace(Perturbation):
         self._noise: Noise | None = None
         self._parts: Sequence[Part] = ()
         self._copy: Tensor | None = None
-        self._seal: tuple[int, Seal, int] | None = None
+        self._checksum: tuple[int, Checksums, int] | None = None
         self._memory: Any = None
 
     def apply(self, noise: Noise) -> Sequence[Part]:
         tensor = self._weight.tensor
         place = place_of(tensor)
-        if _carriers.get(place, self) is not self:
+        if _applied_at.get(place, self) is not self:
             raise self.already_noisy()
         self._tensor, self._place, self._noise = tensor, place, noise
         if place is not None:
-            _carriers[place] = self
+            _applied_at[place] = self
         local = local_part(tensor)
         if self._keep is Keep.COPY:
             self._reserve_copy(local)
@@ -72,17 +72,17 @@ class InPlace(Perturbation):
         return self._parts
 
     def remove(self) -> Sequence[Part]:
-        # From here on the weight differs from what was sealed because of us.
-        self._seal = None
+        # From here on we write the weight ourselves.
+        self._checksum = None
         return self._parts
 
     def forget(self) -> None:
         for part in self._parts:
             if part.is_perturbed:
                 part.forget()
-        if _carriers.get(self._place) is self:
-            del _carriers[self._place]
-        self._tensor = self._noise = self._seal = None
+        if _applied_at.get(self._place) is self:
+            del _applied_at[self._place]
+        self._tensor = self._noise = self._checksum = None
         self._parts = ()
 
     def written(self) -> Tensor | None:
@@ -100,23 +100,23 @@ class InPlace(Perturbation):
         copied = 0 if self._copy is None else self._copy.numel() * self._copy.element_size()
         return copied + sum(part.nbytes for part in self._parts)
 
-    def seal(self, seal: Seal, number: int) -> None:
+    def keep_checksum(self, checksums: Checksums, number: int) -> None:
         if self._tensor is not None:
-            # A merge through `.data` does not change the version, but elements.
-            self._seal = self._weight.version, seal, number
+            # A merge through `.data` changes elements, but not the version.
+            self._checksum = self._weight.version, checksums, number
         self._memory = self._parts[0].memory if self._parts else None
 
-    def sealed(self) -> tuple[Seal, int] | None:
-        return None if self._seal is None else self._seal[1:]
+    def kept_checksum(self) -> tuple[Checksums, int] | None:
+        return None if self._checksum is None else self._checksum[1:]
 
     def changed(self) -> bool:
-        if self._tensor is None or self._seal is None:
+        if self._tensor is None or self._checksum is None:
             return False
         tensor = getattr(self._weight, "tensor", None)
-        # A merge of a B that is still zero changes no element, but means to.
+        # Merging a B that is still zero changes no element, but it is a merge.
         if tensor is None or place_of(tensor) != self._place or self.target.merged:
             return True
-        return self._weight.version != self._seal[0]
+        return self._weight.version != self._checksum[0]
 
     @torch.no_grad()
     def leave_merged(self) -> bool:
@@ -140,12 +140,12 @@ class InPlace(Perturbation):
             local.dtype,
             local.device,
         ):
-            # Kept between steps: faulting in fresh pages costs more than the copy.
+            # Kept between steps: fresh memory costs more than the copy.
             self._copy = lasting_empty(local.shape, local.dtype, local.device)
 
 
 def change_noticed(changed: Sequence[Perturbation]) -> WeightChangedError:
-    """What to tell of perturbations whose weights somebody else has written."""
+    """The error for weights that somebody else has written."""
     names = names_of(perturbation.target for perturbation in changed)
     return WeightChangedError(
         f"the frozen weight of {names} was written while it carried "
@@ -155,27 +155,28 @@ def change_noticed(changed: Sequence[Perturbation]) -> WeightChangedError:
 
 
 def clean_copy(tensor: Tensor) -> Tensor | None:
-    """What the tensor, or another one in the same memory, holds without noise; None if it carries none.
+    """A copy of the tensor without noise; None if it carries none.
 
     Raises:
         WeightChangedError: Somebody else wrote it meanwhile.
     """
-    carrier = _carriers.get(place_of(tensor))
-    if carrier is None:  # it may have been moved meanwhile, by `to()`
-        others = (reference() for reference in _carriers.valuerefs())
-        carrier = next((each for each in others if each is not None and each.written() is tensor), None)
-    if carrier is None or (written := carrier.written()) is None or not _same_elements(written, tensor):
+    perturbation = _applied_at.get(place_of(tensor))
+    if perturbation is None:  # perhaps `to()` has moved it meanwhile
+        others = (reference() for reference in _applied_at.valuerefs())
+        perturbation = next((each for each in others if each is not None and each.written() is tensor), None)
+    written = None if perturbation is None else perturbation.written()
+    if perturbation is None or written is None or not _same_elements(written, tensor):
         return None
-    if changed_among([carrier]):
-        if carrier.leave_merged():
-            carrier.forget()
+    if changed_among([perturbation]):
+        if perturbation.leave_merged():
+            perturbation.forget()
             return None
-        raise change_noticed([carrier])
-    copy = carrier.clean_copy()
+        raise change_noticed([perturbation])
+    copy = perturbation.clean_copy()
     return copy if copy is None or copy.shape == tensor.shape else copy.view(tensor.shape)
 
 
 def _same_elements(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors in the same memory hold the same elements there, in whatever shape."""
+    """Whether two tensors in the same memory have the same elements, perhaps in another shape."""
     are_contiguous = one.is_contiguous() and other.is_contiguous()
     return one.shape == other.shape or (are_contiguous and one.numel() == other.numel())

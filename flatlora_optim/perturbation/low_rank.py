@@ -1,31 +1,44 @@
 """Low-rank noise in the forward: ``y + ((x @ V) @ U.T) * s / sqrt(r)``, whatever computes ``y``.
 
-Plain operations of torch on two thin tensors that lie where they are from step to step. So the layer's
+Plain torch operations on two thin tensors, whose memory stays the same from step to step. So the layer's
 own forward runs, whatever it is; autograd, ``torch.compile`` and CUDA graphs see nothing new at a step; and
-nothing of the weight's size is made.
+no tensor of the weight's size is made. Linear layers, of which there are most, write each output once where
+autograd alone follows (``_at_once``).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
+from torch.nn.utils import parametrize
 
 from ..kernels.part import Part, refuse_capture
 from ..kernels.threads import lasting_empty
 from ..kernels.uncompiled import at_tracing, uncompiled
 from ..noise import FactoredNoise, Noise, NoiseSource
-from ..targets import FrozenWeight, Target
+from ..targets import DenseWeight, FrozenWeight, Target
 from ..targets.sharding import is_sharded
-from ..targets.weights import compute_dtype
-from .virtual import Forward, VirtualPerturbation, bnb_4bit, first_of, operation_of
+from ..targets.weights import ExpertsWeight, compute_dtype, own_forward
+from .virtual import (
+    Forward,
+    VirtualPerturbation,
+    bnb_4bit,
+    dense_linear,
+    first_of,
+    known_forward,
+    noisy_linear,
+    operation_of,
+)
 
 Add = Callable[[Any, FrozenWeight, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``y + eps(x)``, of owner, weight, y, x, left and right, the last two in y's dtype."""
+"""``y + x @ eps.T`` or the like, from owner, weight, y, x, left and right. The last two have y's dtype."""
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -34,26 +47,29 @@ class LowRankPerturbation(VirtualPerturbation):
     """Adds ``x @ (left @ right).T`` to the output of the frozen layer while noise is on.
 
     Raises:
-        UnsupportedAdapterError: It is not known what the layer's forward does with its weight.
+        UnsupportedAdapterError: We don't know what the layer's forward does with its weight.
     """
 
     mode = "virtual, low rank"
 
     def __init__(self, target: Target, source: NoiseSource) -> None:
         self.left = self.right = torch.empty(0)
-        self._held: Callable[[], Noise | None] = lambda: None
+        self.held: Callable[[], FactoredNoise | None] = lambda: None
+        """The noise that the factors are of, while it lives."""
         super().__init__(target, source)
 
     def _forward(self, target: Target) -> Forward:
         module, owner, weight = target.computes, target.owner, self.target.weight
-        add = _ADDED[operation_of(target)]
+        add, known = _ADDED[operation_of(target)], known_forward(target)
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            y = _own(module, weight, args, kwargs)
-            if self._noise is None:  # called by who replaced our forward by one around it
-                return y
+            if self._noise is None:  # called from a forward that was put around ours
+                return _own(module, weight, args, kwargs)
             self._see()
-            return with_noise(first_of(args, kwargs), y)
+            x, y = first_of(args, kwargs), None
+            if known in (dense_linear, bnb_4bit) and _is_alone(module, x):
+                y = _at_once(owner, weight, x, self.left, self.right)
+            return with_noise(x, _own(module, weight, args, kwargs)) if y is None else y
 
         def with_noise(x: Tensor, y: Tensor) -> Tensor:
             left, right = self.left, self.right
@@ -75,21 +91,22 @@ class LowRankPerturbation(VirtualPerturbation):
 
     def apply(self, noise: Noise) -> Sequence[Part]:
         assert isinstance(noise, FactoredNoise)
-        if self._held() is not noise:  # it comes back after an evaluation
-            self._held = lambda: None
+        if self.held() is not noise:  # the same one comes back after an evaluation
+            self.held = lambda: None
             self._fill(noise.factors())
-            self._held = weakref.ref(noise)
+            self.held = weakref.ref(noise)
         return super().apply(noise)
 
     def skip(self) -> None:
-        self._held = lambda: None
+        self.held = lambda: None
         self.left.zero_()
 
     def _fill(self, factors: tuple[Tensor, Tensor]) -> None:
-        """Writes them to the tensors that compiled and captured forwards read."""
+        """Writes the factors to the tensors that compiled and captured forwards read."""
         left, right = factors
-        refuse_capture(left.device)  # a forward may be captured, but not what is to be new at each step
-        dtype = compute_dtype(self.target.owner)
+        refuse_capture(left.device)  # a forward may be captured, but this must run at each step
+        weight = self.target.weight
+        dtype = weight.tensor.dtype if isinstance(weight, DenseWeight) else compute_dtype(self.target.owner)
         if (self.left.shape, self.left.dtype, self.left.device) != (left.shape, dtype, left.device):
             self.left = lasting_empty(left.shape, dtype, left.device)
             self.right = lasting_empty(right.shape, dtype, right.device)
@@ -97,11 +114,92 @@ class LowRankPerturbation(VirtualPerturbation):
         self.right.copy_(right)
 
 
+class LowRankExperts(LowRankPerturbation):
+    """Adds the product to ``W + delta``, which PEFT computes in each forward: for all experts at once, and in
+    place."""
+
+    def _forward(self, target: Target) -> Forward:
+        module, weight = target.computes, self.target.weight
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            own = own_forward(module)
+            if self._noise is None:
+                return own(*args, **kwargs)
+            self._see()
+            with _parametrized(weight, _Sum(*self._factors())):
+                return own(*args, **kwargs)
+
+        return forward
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """The factors for each expert's matrix as it is stored."""
+        weight, rank = self.target.weight, len(self.right)
+        assert isinstance(weight, ExpertsWeight)
+        left = self.left.view(weight.experts, -1, rank)
+        right = self.right.view(rank, -1, weight.columns).transpose(0, 1).expand(weight.experts, -1, -1)
+        return (right.mT, left.mT) if weight.row_dim else (left, right)
+
+
+class _Sum(nn.Module):
+    """A parametrization that adds a product to each matrix."""
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        super().__init__()
+        self._factors = first, second
+
+    def forward(self, weight: Tensor) -> Tensor:
+        matrices = weight.view(-1, *weight.shape[-2:])
+        with torch.autocast(weight.device.type, enabled=False):
+            if weight.is_leaf:
+                return torch.baddbmm(matrices, *self._factors).view_as(weight)
+            return matrices.baddbmm_(*self._factors).view_as(weight)  # PEFT has just computed it
+
+
+@contextmanager
+def _parametrized(weight: FrozenWeight, parametrization: nn.Module) -> Iterator[None]:
+    """A block in which the parameter goes through one more parametrization."""
+    assert isinstance(weight, ExpertsWeight)
+    owner, name = weight.layer, weight.name
+    parametrize.register_parametrization(owner, name, parametrization, unsafe=True)
+    try:
+        with parametrize.cached():
+            yield
+    finally:
+        chain = owner.parametrizations[name]
+        if len(chain) > 1:
+            del chain[-1]
+        else:
+            parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
+
+
+def _is_alone(module: nn.Module, x: Tensor) -> bool:
+    """Whether the layer's forward is its own, and only autograd records it: ``torch.func``, forward-mode
+    derivatives and the compiler need plain operations."""
+    return not (
+        torch.compiler.is_compiling()
+        or module.__dict__.get("flatlora_forward", (None,))[0]
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or unpack_dual(x).tangent is not None
+    )
+
+
+def _at_once(owner: Any, weight: FrozenWeight, x: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
+    """The output of a linear layer with noise. None if x, W and the noise don't have the same dtype."""
+    if not isinstance(weight, DenseWeight):
+        return bnb_4bit(owner, weight, None, x, (left, right))
+    tensor = weight.tensor
+    if not (x.dtype == tensor.dtype == left.dtype) or is_sharded(tensor):
+        return None
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    return noisy_linear(x, owner.bias, weight, (left, right))
+
+
 def _own(module: nn.Module, weight: FrozenWeight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What the layer computes without noise. (torch.compile can't trace `own_forward`.)"""
+    """The layer's output without noise. (torch.compile can't trace `own_forward`.)"""
     state = getattr(weight.layer.weight, "quant_state", None) if weight.kind == "bnb-4bit" else None
     if getattr(state, "packing_format_for_cpu", False) and isinstance(module, nn.Linear):
-        # What bitsandbytes computes with a weight that an evaluation has repacked knows no gradients.
+        # After an evaluation has repacked the weight, bitsandbytes' own forward has no gradients.
         return bnb_4bit(module, weight, None, *args, **kwargs)
     replaced = module.__dict__.get("flatlora_forward", (None,))[0]
     y: Tensor = replaced(*args, **kwargs) if replaced else type(module).forward(module, *args, **kwargs)
@@ -136,7 +234,7 @@ _ADDED: dict[str, Add] = {"product": _linear, "convolution": _convolution, "embe
 
 
 def _replicated(factor: Tensor, y: Any) -> Tensor:
-    """The factor as a DTensor that each process of y's mesh has whole."""
+    """The factor as a DTensor, whole on each process of y's mesh."""
     from torch.distributed.tensor import DTensor, Replicate
 
     places = [Replicate()] * y.device_mesh.ndim

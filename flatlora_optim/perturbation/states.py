@@ -23,11 +23,11 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..kernels import kernels_of
 from ..kernels.part import read
-from ..noise import Noise, NoiseKey
+from ..noise import Noise, NoiseKey, NoiseSource, drop_scales
 from ..targets import DenseWeight, Target, sharding
 from ..targets.scales import RowNorms, merged_norms, row_scales
 from ..targets.sharding import local_part
-from .base import Perturbation, apply_all, forget_changed, remove_all, seal_all
+from .base import Perturbation, apply_all, forget_changed, remove_all, take_checksums
 from .in_place import change_noticed
 from .low_rank import LowRankPerturbation
 from .virtual import VirtualPerturbation
@@ -37,7 +37,7 @@ class NoisyWeights:
     """The state machine around the perturbations of one model.
 
     Args:
-        model: Whose FSDP2 modules give their shards back before noise comes or goes.
+        model: Its FSDP2 modules are resharded before noise comes or goes.
         perturbations: One for each frozen weight.
     """
 
@@ -46,13 +46,12 @@ class NoisyWeights:
         self.perturbations = perturbations
         self.norms = [RowNorms(perturbation.target) for perturbation in perturbations]
         for target in self.targets:
-            # Native code is built now: what noise there is must not depend on whether a later moment
-            # has the memory for it.
+            # Builds native code now: which noise there is must not depend on the memory that is free later.
             kernels_of(target.weight.device)
         self.is_perturbed = False
-        """Whether the step that is under way has noise, even if it is suspended right now."""
+        """Whether the current step has noise, even if it is suspended right now."""
         self.seconds = 0.0
-        """Time spent on noise so far."""
+        """Seconds spent on noise so far."""
         self._noises: Sequence[Noise | None] = ()
         self._noisy: set[int] = set()
         self._suspension: ExitStack | None = None
@@ -63,7 +62,7 @@ class NoisyWeights:
         return [perturbation.target for perturbation in self.perturbations]
 
     def attached(self) -> list[int]:
-        """Which targets are parts of the model still: PEFT's ``unload`` takes the adapters away."""
+        """Which targets are still in the model: PEFT's ``unload`` takes the adapters away."""
         modules: set[nn.Module] = set()
         waiting = [self.model]
         while waiting:  # several times as fast as `modules()`
@@ -77,18 +76,21 @@ class NoisyWeights:
             if any(sharing.layer in modules for sharing in target.sharing)
         ]
 
-    def makers(self) -> str:
-        """The names of the kernels that make the numbers, each its own for the same seed."""
-        return ", ".join(sorted({kernels_of(target.weight.device).name for target in self.targets}))
+    def description(self) -> str:
+        """Which sources and kernels make the noise: with others, the same seed gives another run."""
+        sources = {_name_of(perturbation.source) for perturbation in self.perturbations}
+        kernels = {kernels_of(target.weight.device).name for target in self.targets}
+        return f"{' and '.join(sorted(sources))}, made by {', '.join(sorted(kernels))}"
 
     def kept_norms(self) -> Tensor | None:
-        """What is known of the row norms of quantized weights, in one tensor; None if nothing is."""
+        """The kept row norms of quantized weights, in one tensor; None if there are none. Without them, a
+        resumed run would read norms at other steps."""
         if all(norms.kept is None for norms in self.norms):
             return None
         return torch.cat([norms.kept_or_unknown().cpu() for norms in self._kept_by()])
 
     def keep_norms(self, values: Tensor | None) -> None:
-        """Puts back what ``kept_norms`` gave; what is of other weights is read anew."""
+        """Puts back what ``kept_norms`` gave. Norms of other weights are read again."""
         sizes = [norms.kept_size for norms in self._kept_by()]
         fits = values is not None and values.numel() == sum(sizes)
         parts = values.split(sizes) if fits and values is not None else [None] * len(sizes)
@@ -107,7 +109,7 @@ class NoisyWeights:
         """One noise for each weight: None for sigma 0, without an active adapter, or while merged.
 
         Raises:
-            RuntimeError: Layers that shared a weight have one each by now.
+            RuntimeError: Layers that shared a weight don't any more.
         """
         # A merged layer trains nothing, and its weight is W' already.
         targets, attached = self.targets, self.attached()
@@ -138,7 +140,7 @@ class NoisyWeights:
         self._put_on(ExitStack())
 
     def restore(self) -> None:
-        """From any state to clean. An interrupt delays it, but doesn't prevent it.
+        """From any state to clean. An interrupt delays this, but doesn't prevent it.
 
         Raises:
             WeightChangedError: Somebody else wrote a weight while it carried noise.
@@ -148,22 +150,22 @@ class NoisyWeights:
         try:
             self._remove()
         except BaseException:
-            # It may have come before anything was removed. Removing twice does no harm.
+            # The interrupt may have come before anything was removed. Removing twice does no harm.
             self._remove()
             raise
 
     def suspend(self) -> object:
-        """To clean weights that stay clean until ``resume``, which brings the same noise back.
+        """To clean weights, until ``resume`` brings the same noise back.
 
         Returns:
-            What tells this suspension from others.
+            A token for ``resume``.
         """
         guard = ExitStack()
         was_perturbed = self.is_perturbed
         if was_perturbed:
             for perturbation in self.perturbations:
                 if (tensor := perturbation.written()) is not None:
-                    # Values will be the same bits again: the graphs that saved them stay valid.
+                    # The bits will be the same again: graphs that saved the weight stay valid.
                     guard.enter_context(_unsafe_preserve_version_counter(tensor))
             self.restore()
         self._clean_versions = self._versions()
@@ -174,15 +176,15 @@ class NoisyWeights:
         """To the state before ``suspend``, or to clean if the weights were restored meanwhile.
 
         Args:
-            suspension: The only one to end; without it, whichever there is.
+            suspension: The only one to end; without it, any.
         """
         if suspension not in (None, self._suspension):
-            return  # a block that an interrupt kept from ending is collected while another is clean
+            return  # an interrupted `clean()` block is garbage-collected while another one is open
         guard, self._suspension = self._suspension, None
         if guard is None or not self.is_perturbed:
             return
         if any(target.merged for target in self.targets):
-            # An adapter was merged meanwhile: no noise until it is out again. Earlier graphs must fail.
+            # An adapter was merged meanwhile: no noise until it is unmerged. Earlier graphs must fail.
             guard.pop_all()
             self.restore()
             return
@@ -192,7 +194,7 @@ class NoisyWeights:
         self._put_on(guard)
 
     def is_noisy(self, target: Target) -> bool:
-        """Whether the target has noise in the step that is under way."""
+        """Whether the target has noise in the current step."""
         return self.is_perturbed and id(target) in self._noisy
 
     def check_resolution(self, noises: Sequence[Noise | None], strength: float) -> None:
@@ -200,7 +202,7 @@ class NoisyWeights:
         shares: dict[torch.dtype, list[float]] = {}
         for perturbation, noise in zip(self.perturbations, noises, strict=True):
             weight = perturbation.target.weight
-            if noise is None or isinstance(perturbation, LowRankPerturbation):
+            if noise is None or (isinstance(perturbation, LowRankPerturbation) and weight.kind != "experts"):
                 continue  # it is not added to the weight
             if isinstance(weight, DenseWeight) and weight.tensor.element_size() == 2:
                 share = noise.share_lost(local_part(weight.tensor), strength)
@@ -209,7 +211,7 @@ class NoisyWeights:
             if (lost := sum(values) / len(values)) > 0.5:
                 warnings.warn(
                     f"sigma is so small that {dtype} rounds the noise away in {lost:.0%} of the weights' "
-                    "elements, also where the schedule is at its height. Take a larger sigma, or float32",
+                    "elements, even at the schedule's peak. Take a larger sigma, or float32",
                     stacklevel=2,
                 )
 
@@ -231,15 +233,17 @@ class NoisyWeights:
 
     def _put_on(self, versions: ExitStack) -> None:
         sharding.reshard_all(self.model)
-        # Known before it is true: an interrupt right after must find something to restore.
+        # Set before it is true, so that an interrupt right after finds something to restore.
         self.is_perturbed = True
         try:
             with self.timed():
                 # A merged layer trains nothing, and unmerging it would look like somebody else's write.
                 pairs = zip(self.targets, self._noises, strict=True)
                 apply_all(self.perturbations, [None if target.merged else noise for target, noise in pairs])
+                low_rank = (p for p in self.perturbations if isinstance(p, LowRankPerturbation))
+                drop_scales([noise for p in low_rank if (noise := p.held()) is not None])
             versions.close()
-            seal_all(self.perturbations)
+            take_checksums(self.perturbations)
         except BaseException:
             self.restore()
             raise
@@ -266,3 +270,8 @@ class NoisyWeights:
     def _versions(self) -> list[int]:
         weights = (target.weight for target in self.targets)
         return [weight.version for weight in weights if isinstance(weight, DenseWeight)]
+
+
+def _name_of(source: NoiseSource) -> str:
+    kind = type(source)
+    return kind.__name__ if kind.__repr__ is object.__repr__ else repr(source)

@@ -1,11 +1,11 @@
 """Noise in the forward: the layer computes with W + eps and W is never written.
 
 For weights that can't take small noise in place (bitsandbytes NF4, FP4, int8 and any other
-quantizer), and for dense weights that must not be written. eps is regenerated in forward, in
+quantizer), and for dense weights that must not be written. eps is made again in forward, in
 backward and in recomputation; nothing of the weight's size is saved for backward.
 
-A forward that is known to the letter is computed anew, with W + eps in place of W. Any other keeps
-running, whatever it does, and the noise comes on top: ``x eps^T`` for a linear layer.
+A forward that we know exactly is computed with W + eps in place of W. Any other one runs as it is, and the
+noise comes on top: ``x eps^T`` for a linear layer.
 """
 
 from __future__ import annotations
@@ -29,44 +29,50 @@ from ..targets.weights import has_foreign_forward
 from .base import Perturbation
 
 Forward = Callable[..., Tensor]
+Make = Callable[[torch.dtype], Tensor]
+"""Computes ``W + eps``, or eps, in some dtype."""
 Compute = Callable[[Any, FrozenWeight, Noise, Tensor], Tensor]
-"""The output of a layer (its owner, weight, noise and input), or what the noise adds to it."""
+"""From owner, weight, noise and input: the output of a layer, or what the noise adds to it."""
+Factors = tuple[Tensor | None, Tensor | None]
+"""The two factors of low-rank noise, or None."""
 
 
 class VirtualPerturbation(Perturbation):
     """Replaces the forward of the frozen layer while noise is on.
 
     Raises:
-        UnsupportedAdapterError: The layer's forward is not known well enough for noise in it.
+        UnsupportedAdapterError: We don't know the layer's forward well enough to put noise into it.
     """
 
     mode = "virtual"
 
     def __init__(self, target: Target, source: NoiseSource) -> None:
         super().__init__(target, source)
-        if target.weight.kind == "experts":
-            raise UnsupportedAdapterError("PEFT makes this weight anew in each forward; perturb it in place")
         self._noise: Noise | None = None
         self._was_in_forward = False
         self._handles: list[RemovableHandle] = []
         self.was_seen = False
         self._after: dict[nn.Module, Callable[..., Tensor]] = {}
         self.is_called_by_users = False
-        """Whether noise may come when the module's call is under way, and has looked up its forward."""
+        """Whether noise may come after the module's call has begun and looked up the forward to run."""
         # Made once, so that a compiled model meets the same functions at every step.
         self._forwards = {each.computes: self._forward(each) for each in target.sharing}
 
     def _forward(self, target: Target) -> Forward:
         module, weight = target.computes, self.target.weight
+        if weight.kind == "experts":
+            raise UnsupportedAdapterError(
+                "PEFT computes this weight in each forward; perturb it in place, or by noise of low rank"
+            )
         if isinstance(weight, DenseWeight) and is_sharded(weight.tensor):
             raise UnsupportedAdapterError("sharded weights can only be perturbed in place")
-        instead = _known_forward(target)
+        instead = known_forward(target)
         on_top = _ON_TOP[operation_of(target)]
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             before = module.__dict__.get("flatlora_forward", (None,))[0]
             own = before or MethodType(type(module).forward, module)
-            if (noise := self._noise) is None:  # called by who replaced our forward by one around it
+            if (noise := self._noise) is None:  # called from a forward that was put around ours
                 clean: Tensor = own(*args, **kwargs)
                 return clean
             refuse_capture(self.target.weight.device)
@@ -87,7 +93,7 @@ class VirtualPerturbation(Perturbation):
         return uncompiled(forward)
 
     def _call_after(self, with_noise: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-        """A hook for a module's call that has looked up its forward before the noise came."""
+        """A hook for a module's call that had looked up its forward before the noise came."""
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             was_in_forward, self._was_in_forward = self._was_in_forward, False
@@ -105,8 +111,7 @@ class VirtualPerturbation(Perturbation):
         self._noise, self._was_in_forward = noise, False
         for module, forward in self._forwards.items():
             _replace_forward(module, forward)
-            if self.is_called_by_users:
-                after = self._after[module]
+            if self.is_called_by_users and (after := self._after.get(module)) is not None:
                 self._handles.append(module.register_forward_hook(after, with_kwargs=True))
         return ()
 
@@ -145,8 +150,8 @@ def _put_forward_back(owner: nn.Module, forward: Forward) -> None:
     del owner.__dict__["flatlora_forward"]
 
 
-def _known_forward(target: Target) -> Compute | None:
-    """The layer's output with noise, if its class's forward is known to the letter."""
+def known_forward(target: Target) -> Compute | None:
+    """What computes the layer's output with noise, if we know its class's forward exactly."""
     owner, weight = target.owner, target.weight
     if target.computes is not owner:
         return None
@@ -157,21 +162,21 @@ def _known_forward(target: Target) -> Compute | None:
     if not isinstance(weight, DenseWeight):
         return None
     if forward is nn.Linear.forward or forward.__qualname__ == "Conv1D.forward":
-        return _dense_linear
+        return dense_linear
     if forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
         return _dense_convolution
     return _dense_embedding if forward is nn.Embedding.forward else None
 
 
 def operation_of(target: Target) -> str:
-    """What the layer does with its weight: the noise can do the same, on top of the output.
+    """What the layer does with its weight. The noise does the same, on top of the output.
 
     Raises:
-        UnsupportedAdapterError: The output may be no sum of W's and the adapter's part.
+        UnsupportedAdapterError: The output may not be linear in the weight.
     """
     owner = target.owner
     has_adapter = target.layer is target.computes or has_foreign_forward(owner)
-    if isinstance(target.weight, DenseWeight) and not has_adapter and _known_forward(target) is None:
+    if isinstance(target.weight, DenseWeight) and not has_adapter and known_forward(target) is None:
         raise UnsupportedAdapterError(
             f"virtual mode does not know the forward of this {type(owner).__name__}; perturb it in place"
         )
@@ -181,7 +186,7 @@ def operation_of(target: Target) -> str:
 
 
 class _NoisyWeight:
-    """``W + eps``, or W, made anew at each look."""
+    """``W + eps``, or W, computed at each call."""
 
     def __init__(self, weight: FrozenWeight, noise: Noise | None) -> None:
         self._weight, self._noise, self._versions = weight, noise, weight.versions()
@@ -191,15 +196,15 @@ class _NoisyWeight:
         if weight.versions() != self._versions:
             raise RuntimeError(
                 f"a frozen weight needed for gradient computation (of shape {tuple(weight.shape)}, in "
-                f"{type(weight.layer).__name__}) has been modified by an inplace operation, or replaced by "
-                "another, between forward and backward"
+                f"{type(weight.layer).__name__}) has been modified by an inplace operation, or replaced, "
+                "between forward and backward"
             )
         matrix = weight.dense(dtype)
         return matrix if self._noise is None else self._noise.add_to(matrix)
 
 
 class _NoiseAlone:
-    """``eps`` in the shape of the weight, made anew at each look."""
+    """``eps`` in the shape of the weight, computed at each call."""
 
     def __init__(self, weight: FrozenWeight, noise: Noise) -> None:
         self._weight, self._noise = weight, noise
@@ -210,64 +215,66 @@ class _NoiseAlone:
 
 
 class _Linear(torch.autograd.Function):
-    """``F.linear(x, W + eps, bias)`` whose backward makes ``W + eps`` anew."""
+    """``F.linear(x, weight + left @ right, bias)``.
+
+    Thin products are added in place to the large one's result, in forward and in backward. Autograd would
+    write them to other memory first, which costs as much as the products themselves.
+
+    Args:
+        weight: A matrix, or a function that makes it again in each pass.
+        left, right: The factors of low-rank noise, if there is any.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, make: _NoisyWeight, is_transposed: bool) -> Tensor:
-        ctx.make, ctx.dtype, ctx.is_transposed = make, x.dtype, is_transposed
-        matrix = make(x.dtype)
-        return F.linear(x, matrix.T if is_transposed else matrix, bias)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        weight: Tensor | Make,
+        is_transposed: bool,
+        left: Tensor | None,
+        right: Tensor | None,
+    ) -> Tensor:
+        ctx.make, ctx.dtype, ctx.is_transposed = weight, x.dtype, is_transposed
+        if isinstance(weight, Tensor):
+            ctx.make, matrix = None, weight
+            ctx.save_for_backward(left, right, weight)
+        else:
+            matrix = weight(x.dtype)
+            ctx.save_for_backward(left, right)
+        y = F.linear(x, matrix.T if is_transposed else matrix, bias)
+        return y if left is None or right is None else _add_product(y, x, right.T, left.T)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, *saved = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            matrix = ctx.make(ctx.dtype)
+            matrix = ctx.make(ctx.dtype) if ctx.make else saved[0]
             with _no_autocast(grad):
                 grad_x = grad @ (matrix.T if ctx.is_transposed else matrix)
+                if left is not None:
+                    grad_x = _add_product(grad_x, grad, left, right)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_x, grad_bias, None, None
+        return grad_x, grad_bias, None, None, None, None
 
 
-class _TimesNoise(torch.autograd.Function):
-    """``x @ eps.T``, one block of rows at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, noise: Noise) -> Tensor:
-        ctx.noise, ctx.dtype = noise, x.dtype
-        return _times(x, noise, transposed=noise.row_dim == 0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        with _no_autocast(grad):
-            return _times(grad, ctx.noise, transposed=ctx.noise.row_dim != 0).to(ctx.dtype), None
-
-
-def _times(x: Tensor, noise: Noise, transposed: bool) -> Tensor:
-    """``x`` times the noise as it is stored, or its transpose."""
-    rows, columns = noise.grid.rows, noise.grid.row_size
-    out = x.new_zeros(*x.shape[:-1], rows if transposed else columns)
-    for lo, hi in noise.grid.spans(rows):
-        block = noise.block(lo, hi).to(x.dtype)
-        if transposed:
-            out[..., lo:hi] = x @ block.T
-        else:
-            out += x[..., lo:hi] @ block
-    return out
+def _add_product(y: Tensor, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """``y += x @ first @ second``, in place."""
+    y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ first, second)
+    return y
 
 
 class _ByItsOwnForward(torch.autograd.Function):
-    """A layer that is linear in x, at another weight: its backward is that of the layer at x = 0."""
+    """A layer that is linear in x, with another weight: its backward is the layer's own at x = 0."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         compute: Callable[[Tensor, Tensor], Tensor],
-        make: Callable[[torch.dtype], Tensor],
+        make: Make,
     ) -> Tensor:
         ctx.compute, ctx.make = compute, make
         ctx.shape, ctx.dtype = x.shape, x.dtype
@@ -282,23 +289,35 @@ class _ByItsOwnForward(torch.autograd.Function):
         return grad_x, None, None
 
 
-def _dense_linear(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
+def dense_linear(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
     return _linear(x, owner.bias, weight, noise)
 
 
-def _linear(x: Tensor, bias: Tensor | None, weight: FrozenWeight, noise: Noise | None) -> Tensor:
+def _linear(
+    x: Tensor,
+    bias: Tensor | None,
+    weight: FrozenWeight,
+    noise: Noise | None,
+    factors: Factors = (None, None),
+) -> Tensor:
     x, bias = _as_autocast(x, bias)
-    out: Tensor = _Linear.apply(x, bias, _NoisyWeight(weight, noise), weight.row_dim == 1)
+    out: Tensor = _Linear.apply(x, bias, _NoisyWeight(weight, noise), weight.row_dim == 1, *factors)
+    return out
+
+
+def noisy_linear(x: Tensor, bias: Tensor | None, weight: DenseWeight, factors: Factors) -> Tensor:
+    """``F.linear(x, W + left @ right, bias)``, all of one dtype."""
+    out: Tensor = _Linear.apply(x, bias, weight.tensor, weight.row_dim == 1, *factors)
     return out
 
 
 def _multiplied_noise(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -> Tensor:
-    out: Tensor = _TimesNoise.apply(x, noise)
+    out: Tensor = _Linear.apply(x, None, _NoiseAlone(weight, noise), weight.row_dim == 1, None, None)
     return out
 
 
 def _as_autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    # As autocast is about to, so that the weight is made in that dtype at once.
+    # Autocast would cast them next. So the weight is made in the right dtype at once.
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         return x, bias
@@ -320,7 +339,7 @@ def _convolved_noise(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) 
     return _convolved(owner, x, _NoiseAlone(weight, noise))
 
 
-def _convolved(owner: Any, x: Tensor, make: Callable[[torch.dtype], Tensor]) -> Tensor:
+def _convolved(owner: Any, x: Tensor, make: Make) -> Tensor:
     def compute(x: Tensor, matrix: Tensor) -> Tensor:
         out: Tensor = owner._conv_forward(x, matrix, None)
         return out
@@ -340,15 +359,18 @@ def _embedded_noise(owner: Any, weight: FrozenWeight, noise: Noise, x: Tensor) -
         return F.embedding(x, _NoiseAlone(weight, noise)(torch.float32))
 
 
-def bnb_4bit(owner: Any, weight: FrozenWeight, noise: Noise | None, x: Tensor) -> Tensor:
+def bnb_4bit(
+    owner: Any, weight: FrozenWeight, noise: Noise | None, x: Tensor, factors: Factors = (None, None)
+) -> Tensor:
     if not owner.compute_type_is_set:
         owner.set_compute_type(x)
         owner.compute_type_is_set = True
     dtype = x.dtype if owner.compute_dtype is None else owner.compute_dtype
     bias = None if owner.bias is None else owner.bias.to(dtype)
-    # bitsandbytes' own kernels compute in `compute_dtype` whatever autocast says.
+    left, right = (None if factor is None else factor.to(dtype) for factor in factors)
+    # bitsandbytes' own kernels compute in `compute_dtype`, whatever autocast says.
     with _no_autocast(x):
-        out = _linear(x.to(dtype), bias, weight, noise)
+        out = _linear(x.to(dtype), bias, weight, noise, (left, right))
     return out.to(x.dtype)
 
 

@@ -5,14 +5,14 @@
 ``target``          one frozen weight with its adapter: the interface of all adapter types
 ``peft``            PEFT's adapters
 ``hand_written``    modules described by :func:`.register`
-``libraries``       layers of loralib, LitGPT, torchtune and AdapterHub
+``libraries``       layers of loralib, LitGPT, torchtune, AdapterHub and Keras
 ``networks``        adapters outside the model that replace forwards: kohya's, LyCORIS
-``probe``           trying whether a layer does what was said about it
-``weights``         reading a frozen weight: dense, quantized, opaque
+``probe``           runs a layer on a small input, to check its description
+``weights``         reading a frozen weight: dense, experts, quantized, opaque
 ``sharding``        weights of which each process holds a part
 ``scales``          the paper's row scales ``sigma_t * ||W'[i, :]|| / sqrt(n)``
-``unrecognized``    layers that look like LoRA, and are of none of these types
-``attributes``      looking into modules by the names of their attributes
+``unrecognized``    layers that look like LoRA, but are of no known type
+``attributes``      looking up modules' attributes by name
 ==================  ===========================================================================
 """
 

@@ -1,4 +1,4 @@
-"""Looking into modules by the names of their attributes."""
+"""Looking up modules' attributes by name."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import nn
 
 
 def innermost_base_layer(module: nn.Module) -> nn.Module:
-    """The module under one or more nested adapter layers."""
+    """The module inside of one or more nested adapter layers."""
     while isinstance(base := getattr(module, "base_layer", None), nn.Module):
         module = base
     return module
 
 
 def find(start: object, path: str) -> Any:
-    """What a path of attributes leads to; parts of it may be keys, or numbers in a list.
+    """The value at a path of attributes. Parts of it may be keys, or positions in a list.
 
     Raises:
-        AttributeError: It leads nowhere.
+        AttributeError: There is nothing at this path.
     """
     value: Any = start
     for part in path.split("."):
@@ -32,15 +32,15 @@ def _step(value: Any, part: str) -> Any:
     try:
         return value[int(part) if part.isdecimal() and not hasattr(value, "keys") else part]
     except (TypeError, KeyError, IndexError):
-        return getattr(value, part)  # for its message
+        return getattr(value, part)  # raises the usual AttributeError
 
 
 def is_set(module: nn.Module, name: str) -> bool:
     """Whether the module has a flag of this name that is true."""
-    # Asked for at each step: the exception with which nn.Module answers for what it lacks takes microseconds.
+    # Called at each step, and nn.Module's AttributeError takes microseconds.
     is_there = name in module.__dict__ or name in module._buffers or hasattr(type(module), name)
     value = getattr(module, name) if is_there else False
-    return bool(value) and not callable(value)  # a method may have the name, too
+    return bool(value) and not callable(value)  # it may be a method
 
 
 def has(module: nn.Module, *names: str) -> bool:

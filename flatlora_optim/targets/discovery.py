@@ -1,4 +1,4 @@
-"""What is perturbed: the frozen weights of a model that carry an adapter."""
+"""Finds what is perturbed: the frozen weights of a model that have an adapter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from .attributes import innermost_base_layer
 from .hand_written import HandWrittenLoRA
 from .libraries import LIBRARIES, check_keras
-from .networks import Network
+from .networks import Network, check_network
 from .peft import PeftAdditive, PeftLoRA, PeftParameter, unknown_method
 from .sharding import check_engine
 from .target import Target
@@ -32,14 +32,14 @@ _TARGET_TYPES: list[type[Target]] = [
 
 @dataclass
 class Discovery:
-    """The targets of a model, and why other adapter layers are not among them."""
+    """The targets of a model, and why other adapter layers are left out."""
 
     targets: list[Target] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
-    """Why, by the name of the layer."""
+    """The reason, by the name of the layer."""
 
     unrecognized: dict[str, str] = field(default_factory=dict)
-    """What looks like LoRA and is of no known type, by the name of the module."""
+    """The reason for modules that look like LoRA and are of no known type, by their names."""
 
     def report(self) -> str:
         every = {**self.skipped, **self.unrecognized}
@@ -51,16 +51,19 @@ def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lamb
 
     Args:
         model: Any module that contains adapter layers, or is one.
-        accept: Returns why a target is not wanted, or None to take it.
+        accept: Returns None to take a target, or why not.
 
     Raises:
         ValueError: A base weight is trainable or on the meta device, a registration is wrong, or
-            the model is in the hands of an engine that hides its weights (FSDP1, ZeRO-3, Keras).
+            the model is wrapped by an engine that hides its weights (FSDP1, ZeRO-3, Keras).
     """
     check_engine(model)
     check_keras(model)
     found = Discovery()
     by_weight: dict[Hashable, Target] = {}
+    # All adapted weights are counted, wanted or not: two optimizers of one model must not share numbers.
+    first_blocks: dict[Hashable, int] = {}
+    block = 0
     for name, module in model.named_modules():
         try:
             target = _match(name, module)
@@ -71,6 +74,9 @@ def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lamb
         if target is not None and attention is not None:
             found.skipped[name] = f"PEFT merges it in each forward of the attention layer {attention}"
             continue
+        if target is not None and (weight := target.weight.identity()) not in first_blocks:
+            first_blocks[weight] = block
+            block += target.weight.grid().blocks
         reason = unknown_method(module) if target is None else accept(target)
         if reason is not None:
             found.skipped[name] = reason
@@ -86,24 +92,24 @@ def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lamb
             found.skipped[name] = (
                 f"it shares its weight with {first.name}, which is stored the other way round"
             )
+    if not found.targets and not found.skipped:
+        check_network(model)
     _check_overlap(found.targets)
-    block = 0
     for target in found.targets:
-        target.first_block = block
-        block += target.weight.grid().blocks
+        target.first_block = first_blocks[target.weight.identity()]
     return found
 
 
 def register_target_type(target_type: type[T]) -> type[T]:
     """Makes :func:`find_targets` recognize another type of adapter layer. Usable as a decorator.
 
-    Types that were registered last are tried first, on each module.
+    The type that was registered last is tried first, on each module.
 
     Args:
         target_type: A subclass of :class:`.Target` with ``match``, ``adapter_parameters`` and ``delta``.
 
     Raises:
-        TypeError: It is no subclass of ``Target``.
+        TypeError: ``target_type`` is no subclass of ``Target``.
     """
     if not (isinstance(target_type, type) and issubclass(target_type, Target)):
         raise TypeError(f"a target type must be a subclass of Target, got {target_type!r}")
@@ -113,7 +119,7 @@ def register_target_type(target_type: type[T]) -> type[T]:
 
 
 def why_inactive(target: Target) -> str | None:
-    """For ``find_targets``: takes targets with an active adapter."""
+    """For ``find_targets``: accepts targets with an active adapter."""
     return None if any(True for _ in target.adapter_parameters()) else "none of its adapters is active"
 
 
@@ -126,7 +132,7 @@ def _match(name: str, module: nn.Module) -> Target | None:
 
 
 def _merged_attention(name: str, model: nn.Module) -> str | None:
-    """The adapted ``nn.MultiheadAttention`` that the module is a part of."""
+    """The name of the adapted ``nn.MultiheadAttention`` that the module is a part of."""
     path = name.split(".")
     outer = [".".join(path[:end]) for end, part in enumerate(path) if part == "base_layer"]
     return next(
@@ -140,7 +146,7 @@ def _merged_attention(name: str, model: nn.Module) -> str | None:
 
 
 def _check_overlap(targets: list[Target]) -> None:
-    """Raises ValueError if two weights have a part of their memory in common."""
+    """Raises ValueError if two weights share a part of their memory."""
     weights = [(target.name, target.weight) for target in targets]
     places = [(weight.memory(), name, weight) for name, weight in weights if isinstance(weight, DenseWeight)]
     places.sort(key=lambda place: (str(place[0][0]), *place[0][1:]))

@@ -1,4 +1,4 @@
-"""Hand-written LoRA modules: those that :func:`register` describes."""
+"""Hand-written LoRA modules, which :func:`register` describes."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ class HandWrittenLoRA(Target):
 
     @classmethod
     def described(cls, name: str, module: nn.Module, parts: Registration) -> HandWrittenLoRA:
-        """The target of a module whose parts are known.
+        """The target of a module with known parts.
 
         Raises:
-            AttributeError: One of them is not there.
+            AttributeError: A part is not there.
             UnsupportedAdapterError: The weight can't be read.
         """
         owner, attribute = _owner_of(module, parts.weight)
@@ -74,7 +74,7 @@ class HandWrittenLoRA(Target):
         if named is None:
             named = tuple(path for path in (parts.lora_A, parts.lora_B) if path is not None)
         found = [parameter for path in named for parameter in _parameters_in(_found(self.layer, path))]
-        if not found and parts.parameters is None:  # A and B are computed from them
+        if not found and parts.parameters is None:  # A and B are computed from other parameters
             found = [parameter for parameter in self.layer.parameters() if parameter.requires_grad]
         yield from found
 
@@ -125,35 +125,35 @@ def register(
 ) -> nn.Module:
     """Describes a hand-written LoRA module, so that :class:`FlatLoRAOptimizer` perturbs it.
 
-    The parts are named by attribute path and looked up anew at each step, so the module may be
+    The parts are named by attribute path and looked up at each step, so the module may be
     moved, cast, copied or pickled afterwards. A path may lead through modules, properties, methods
     (which are called without arguments), keys, list items and objects that are no modules.
 
-    When the optimizer is built, the module is tried on a small input where that can be done: the
-    adapter must do what the weight would do that had its product merged into it.
+    When the optimizer is built, the module is tried on a small input, if possible: the adapter must change
+    the output as its product would, merged into the weight.
 
     Args:
-        module: Computes ``x @ (weight + scaling * B @ A).T`` in whatever way.
+        module: Computes ``x @ (weight + scaling * B @ A).T``, in any way.
         lora_A: Path of A, shape ``(r, n)`` (or its convolution kernel).
         lora_B: Path of B, shape ``(m, r)``.
         weight: Path of the frozen weight, shape ``(m, n)``, or of the layer that keeps it in packed form.
         scaling: A number, or the path of one.
         transposed: Whether the weight is stored ``(n, m)``.
         delta: What the adapter adds to the weight, instead of A, B and scaling: the path of a method, or a
-            function of the module. It gives a tensor of the weight's stored shape, or a pair ``(B, A)`` of
-            the shapes above, or None while the adapter is off. A module is pickled only with a function
-            that pickle finds by its name.
+            function of the module. It returns a tensor of the weight's stored shape, or a pair ``(B, A)`` of
+            the shapes above, or None while the adapter is off. To pickle the module, pickle must find the
+            function by its name.
         parameters: Paths of the adapter's parameters, or of modules and lists that hold them. By default
-            A and B, or the module's trainable parameters where these are computed.
+            A and B, or the module's trainable parameters if A and B are computed.
 
     Returns:
         ``module``, so that the call can wrap its construction.
 
     Raises:
         AttributeError: A path does not exist.
-        TypeError: A path names something that is not a tensor, or not a number for ``scaling``; neither A
-            and B nor ``delta`` is given, or both.
-        ValueError: What is added to the weight is not of its shape.
+        TypeError: A path leads to something that is not a tensor, or for ``scaling`` not a number; neither A
+            and B nor ``delta`` is given, or both are.
+        ValueError: The product does not have the weight's shape.
 
     Example:
         >>> import torch
@@ -198,7 +198,7 @@ def register(
     try:
         target = HandWrittenLoRA.described("", module, parts)
     except UnsupportedAdapterError:
-        pass  # not quantized yet, perhaps: the optimizer will see
+        pass  # perhaps it is not quantized yet; the optimizer checks again
     else:
         try:
             target.delta()
@@ -209,7 +209,7 @@ def register(
 
 
 def _owner_of(module: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds the weight at this path, and the weight's name there."""
+    """The module that holds the weight at this path, and the weight's name in it."""
     value = find(module, path)
     if isinstance(value, nn.Module):
         return value, "weight"
@@ -224,7 +224,7 @@ def _owner_of(module: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def _found(module: nn.Module, path: str) -> Any:
-    """What a path leads to, or what it returns if that is a method."""
+    """The value at a path. A method is called, and gives its result."""
     value = find(module, path)
     if not callable(value) or isinstance(value, (Tensor, nn.Module)):
         return value

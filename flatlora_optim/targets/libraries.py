@@ -1,4 +1,4 @@
-"""LoRA layers of other libraries, recognized by their attributes. Each says where its parts are."""
+"""LoRA layers of other libraries, recognized by their attributes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .weights import UnsupportedAdapterError
 
 
 class LibraryLayer(HandWrittenLoRA):
-    """A layer that is described here, so that its users need not do it."""
+    """A library's layer, which we describe so that its users need not."""
 
     MARKERS: ClassVar[tuple[str, ...]] = ()
     """Attributes that layers of this type have."""
 
     @classmethod
     def parts_of(cls, module: Any) -> Registration | None:
-        """Where the module keeps its parts; None if it is of another type."""
+        """Where the module keeps its parts. None if it is of another type."""
         raise NotImplementedError
 
     @classmethod
@@ -40,7 +40,7 @@ class LibraryLayer(HandWrittenLoRA):
 
 
 class LoralibLinear(LibraryLayer):
-    """A Linear with A and B as its own parameters, as loralib has it and many write it."""
+    """A Linear with A and B as its own parameters, as in loralib and in much hand-written code."""
 
     MARKERS = ("weight", "lora_A", "lora_B", "scaling")
 
@@ -57,7 +57,7 @@ class LoralibLinear(LibraryLayer):
 
 
 class LoralibMergedLinear(LibraryLayer):
-    """loralib's LoRA on some of the slices of a fused projection."""
+    """loralib's LoRA on some slices of a fused projection."""
 
     MARKERS = ("weight", "lora_A", "lora_B", "scaling", "enable_lora", "merge_AB")
 
@@ -72,7 +72,7 @@ class LoralibMergedLinear(LibraryLayer):
 
 
 class LoralibEmbedding(LibraryLayer):
-    """loralib's Embedding: a row is what the layer outputs for one token."""
+    """loralib's Embedding: a row of the weight is one token's output."""
 
     MARKERS = ("weight", "lora_A", "lora_B", "scaling")
 
@@ -84,7 +84,7 @@ class LoralibEmbedding(LibraryLayer):
 
 
 class LoralibConvolution(LibraryLayer):
-    """loralib's convolutions, which read the weight of the one inside."""
+    """loralib's convolutions, which read the weight of a convolution inside."""
 
     MARKERS = ("conv", "lora_A", "lora_B", "scaling")
 
@@ -100,7 +100,7 @@ class LoralibConvolution(LibraryLayer):
 
 
 class LitgptLinear(LibraryLayer):
-    """LitGPT's LoRALinear, and LoRAQKVLinear on some of the slices of a fused projection."""
+    """LitGPT's LoRALinear, and LoRAQKVLinear on some slices of a fused projection."""
 
     MARKERS = ("linear", "lora_A", "lora_B", "scaling", "get_lora_AB")
 
@@ -142,35 +142,48 @@ class AdapterHubLinear(LibraryLayer):
         if not len(module.loras):
             return None
         for lora in module.loras.values():
-            if getattr(lora, "composition_mode", "add") != "add" or not has(lora, "lora_A", "lora_B"):
-                raise UnsupportedAdapterError(f"{type(lora).__name__} of AdapterHub adds no product B @ A")
+            adds = getattr(lora, "composition_mode", "add") == "add" and has(lora, "lora_A", "lora_B")
+            if not adds or lora.lora_B.ndim != 2:
+                raise UnsupportedAdapterError(
+                    f"{type(lora).__name__} of AdapterHub adds no product B @ A; its LoRA does"
+                )
             if is_set(lora, "use_gating"):
-                raise UnsupportedAdapterError("its LoRA is gated, so that there is no merged weight")
+                raise UnsupportedAdapterError(
+                    "its LoRA is gated, so that there is no merged weight; build it without `use_gating`"
+                )
         transposed = is_set(module, "fan_in_fan_out")
         return Registration("weight", delta=lambda module: None, transposed=transposed)
 
-    def _active(self) -> Any:
+    def _active(self) -> list[tuple[Any, float]]:
+        """The active adapters, and the weight of each in their sum."""
         setup = self.layer.get_active_setup()
-        names = {setup} if isinstance(setup, str) else set() if setup is None else setup.flatten()
+        names = [setup] if isinstance(setup, str) else [] if setup is None else list(setup.flatten())
         active = [self.layer.loras[name] for name in names if name in self.layer.loras]
-        if len(active) > 1:
+        if len(active) < 2:
+            return [(lora, 1.0) for lora in active]
+        if type(setup).__name__ != "Average" or set(setup) != set(names) or len(active) < len(names):
             raise UnsupportedAdapterError(
-                f"{setup} of AdapterHub composes adapters to no single merged weight"
+                f"{setup} of AdapterHub composes adapters to no single merged weight; activate one adapter, "
+                "or an Average of some"
             )
-        return active[0] if active else None
+        # AdapterHub takes the mean of what it has weighted.
+        shares = zip(setup, setup.weights, strict=True)
+        return [(self.layer.loras[name], share / len(active)) for name, share in shares]
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
-        active = self._active()
-        return iter(()) if active is None else active.parameters()
+        for lora, _ in self._active():
+            yield from lora.parameters()
 
     def delta(self) -> LowRank | Tensor | None:
-        if (lora := self._active()) is None:
-            return None
+        return self.summed([self._product(*each) for each in self._active()])
+
+    def _product(self, lora: Any, share: float) -> LowRank | Tensor:
         left, right = (factor_of(factor, self.weight.device) for factor in (lora.lora_B, lora.lora_A))
+        scaling = float(lora.scaling) * share
         if not hasattr(lora, "lora_ind"):
-            return self.low_rank(left, right, float(lora.scaling))
+            return self.low_rank(left, right, scaling)
         slices = sum(lora.enable_lora)
-        rows = F.conv1d(right[None], left[..., None], groups=slices)[0] * float(lora.scaling)
+        rows = F.conv1d(right[None], left[..., None], groups=slices)[0] * scaling
         product = left.new_zeros(self.weight.rows, self.weight.columns)
         product[lora.lora_ind.to(left.device)] = rows
         return (product.T if self.weight.row_dim else product).reshape(self.weight.shape)
@@ -185,9 +198,9 @@ class KerasDense(LibraryLayer):
     def parts_of(cls, module: Any) -> Registration | None:
         kernel = module._kernel
         if len(kernel.shape) != 2 or not hasattr(module, "units"):
-            raise UnsupportedAdapterError(f"of Keras' layers only Dense is known, no {type(module).__name__}")
+            raise UnsupportedAdapterError(f"of Keras' layers we know only Dense, no {type(module).__name__}")
         return Registration(
-            f"_torch_params.{kernel.path}",
+            f"torch_params.{kernel.path}",
             delta=_keras_product,
             parameters=("lora_kernel_a.value", "lora_kernel_b.value"),
             transposed=True,
@@ -195,7 +208,7 @@ class KerasDense(LibraryLayer):
 
 
 def check_keras(model: nn.Module) -> None:
-    """Raises ValueError for a model of Keras 3 with LoRA, which keeps its layers to itself."""
+    """Raises ValueError for a Keras 3 model with LoRA, whose layers torch can't see."""
     for module in model.modules():
         if hasattr(module, "_flatten_layers"):
             layers = module._flatten_layers(include_self=False)  # type: ignore[operator]
@@ -237,4 +250,4 @@ LIBRARIES: list[type[Target]] = [
     AdapterHubLinear,
     KerasDense,
 ]
-"""The more special before those whose attributes they have, too."""
+"""Specific types come first: a general type would match their layers, too."""

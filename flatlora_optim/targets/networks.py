@@ -1,4 +1,4 @@
-"""Adapters outside the model that take the place of its layers' forwards: kohya's networks, LyCORIS."""
+"""Adapters outside the model that replace its layers' forwards: kohya's networks, LyCORIS."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .weights import UnsupportedAdapterError, own_forward, read_weight
 
 
 class Network(Target):
-    """A layer of the model whose forward is that of one or more such adapters, one around the other."""
+    """A layer whose forward one or more such adapters have replaced, one around the other."""
 
     @classmethod
     def match(cls, name: str, module: nn.Module) -> Target | None:
@@ -23,7 +23,9 @@ class Network(Target):
             return None
         for adapter in _adapters_on(module):
             if not _is_known(adapter):
-                raise UnsupportedAdapterError(f"{type(adapter).__name__} adds no product that is known here")
+                raise UnsupportedAdapterError(
+                    f"{type(adapter).__name__} adds no product that we know; LoRA, LoCon, LoHa and LoKr do"
+                )
         target = cls(name, module, module, read_weight(module, module, 0))
         target.delta()
         return target
@@ -42,7 +44,7 @@ class Network(Target):
 
     def _product(self, adapter: Any) -> LowRank | Tensor:
         multiplier, device = float(adapter.multiplier), self.weight.device
-        # LyCORIS trains a factor of its own if asked to.
+        # LyCORIS can train one more factor.
         factor = float(getattr(adapter, "scalar", 1.0))
         if has(adapter, "lora_down", "lora_up") and not hasattr(adapter, "lora_mid"):
             downs, ups = _listed(adapter.lora_down), _listed(adapter.lora_up)
@@ -51,7 +53,7 @@ class Network(Target):
             return self.low_rank(left, right, float(adapter.scale) * multiplier * factor)
         training = adapter.training
         try:
-            adapter.training = False  # with it, rank dropout would have a part in the product
+            adapter.training = False  # in training, rank dropout would change the product
             if hasattr(adapter, "lora_mid"):
                 product = adapter.make_weight(device) * adapter.scale
             else:  # LoHa or LoKr
@@ -61,13 +63,22 @@ class Network(Target):
         return (values_of(product, device) * multiplier).reshape(self.weight.shape)
 
 
+def check_network(model: nn.Module) -> None:
+    """Raises ValueError for such adapters without the model whose layers they adapt."""
+    if any(has(module, "org_forward", "multiplier") for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} adapts the layers of another model. Give FlatLoRAOptimizer that model, "
+            "once the network is attached to it (`network.apply_to(...)`)"
+        )
+
+
 def _is_known(adapter: Any) -> bool:
     is_lora = has(adapter, "lora_down", "lora_up", "scale")
     return is_lora or has(adapter, "get_weight", "hada_w1_a") or has(adapter, "get_weight", "use_w1")
 
 
 def _adapters_on(layer: nn.Module) -> Iterator[Any]:
-    """The adapters that have taken the place of the layer's forward, outermost first."""
+    """The adapters that have replaced the layer's forward, outermost first."""
     forward: Any = own_forward(layer)
     if "_old_forward" in layer.__dict__ and "flatlora_forward" not in layer.__dict__:
         forward = layer.__dict__["_old_forward"]  # one of accelerate's hooks is around it

@@ -18,7 +18,7 @@ class PeftLoRA(Target):
     """PEFT's LoRA on Linear, ``Conv1D``, convolution or Embedding, dense or quantized."""
 
     VARIANTS: ClassVar[tuple[str, ...]] = ("ALora", "Dora", "MiCA", "Velora", "_Dora")
-    """Those whose forward adds ``B @ A``, at least to a part of the tokens."""
+    """Variants whose forward adds ``B @ A``, at least for some of the tokens."""
 
     def __init__(self, name: str, layer: nn.Module, owner: nn.Module, weight: FrozenWeight) -> None:
         super().__init__(name, layer, owner, weight)
@@ -30,6 +30,12 @@ class PeftLoRA(Target):
             return None
         if hasattr(module, "lora_E"):
             return None
+        computes = getattr(module.__dict__.get("forward"), "__self__", module)
+        if computes is not module:  # X-LoRA mixes the adapters differently for each token
+            raise UnsupportedAdapterError(
+                f"{type(computes).__name__} computes in place of PEFT's own forward, so there may be no "
+                "single merged weight"
+            )
         owner = innermost_base_layer(module)
         if not hasattr(owner, "weight") and hasattr(owner, "in_proj_weight"):
             raise UnsupportedAdapterError("PEFT merges the adapter into `in_proj_weight` in each forward")
@@ -66,7 +72,7 @@ class PeftLoRA(Target):
                     yield part
                 elif "parametrizations" in part._modules:
                     yield from part.parameters()
-                else:  # as fast as can be, for it is asked for at each step
+                else:  # the fastest way, since this runs at each step
                     yield from (parameter for parameter in part._parameters.values() if parameter is not None)
 
     def delta(self) -> LowRank | Tensor | None:
@@ -88,7 +94,7 @@ class PeftLoRA(Target):
     def _factors_of(self, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Views of A and B, as ``LowRank`` has them."""
         if adapter in getattr(self.layer, "lora_embedding_A", ()):
-            # Stored (tokens, dim) = A.T @ B.T: a row is what the layer outputs for one token.
+            # The weight is stored (tokens, dim), and A.T @ B.T, too: a row is one token's output.
             return self.low_rank(a.T, b.T, 1.0)[:2]
         return self.low_rank(b.flatten(1), a.flatten(1), 1.0)[:2]
 
@@ -103,12 +109,17 @@ class PeftParameter(PeftLoRA):
         owner, parameter_name = innermost_base_layer(module), str(module.parameter_name)
         parameter = owner._parameters.get(parameter_name)
         if parameter is None or not is_plain(parameter) or not parameter.is_contiguous():
-            raise UnsupportedAdapterError("the parameter is packed, sharded or not contiguous")
+            raise UnsupportedAdapterError(
+                f"{parameter_name} of {type(owner).__name__} is packed, sharded or not contiguous, and PEFT "
+                "computes it in each forward: load it in 16 or 32 bits, one whole copy on each process, or "
+                "adapt other layers"
+            )
         if type(owner).__name__ == "Conv1D":
             raise UnsupportedAdapterError("its axes are swapped; adapt the layer by `target_modules` instead")
-        # Where PEFT has not swapped them, experts are stored (inputs, outputs).
+        # Unless PEFT has swapped the features, experts are stored (inputs, outputs).
         is_transposed = parameter.ndim == 3 and not is_set(module, "_did_swap_in_out_features")
         target = cls(name, module, owner, ExpertsWeight(owner, parameter_name, is_transposed))
+        target.computes = module.base_layer  # type: ignore[assignment]
         target.delta()
         return target
 
@@ -118,9 +129,9 @@ class PeftParameter(PeftLoRA):
 
 
 class PeftAdditive(Target):
-    """PEFT's other adapters that add ``get_delta_weight(adapter)``, as AdaLoRA, LoHa and VeRA.
+    """PEFT's other adapters that add ``get_delta_weight(adapter)``, such as AdaLoRA, LoHa and VeRA.
 
-    Their delta has no cheap row norms, so it is made as a whole, one layer at a time.
+    Their row norms are not cheap: the whole delta is computed, one layer at a time.
     """
 
     MARKERS: ClassVar[tuple[str, ...]] = (
@@ -140,8 +151,12 @@ class PeftAdditive(Target):
         "unilora_theta_d",
         "tinylora_v",
         "supertuning_values",
+        "adamss_A",
+        "osf_svd_params",
+        "psoft_R",
+        "miss_block",
     )
-    """What holds something for each adapter, by which the method is known."""
+    """The attribute that tells each method. It has an entry for each adapter."""
 
     @classmethod
     def match(cls, name: str, module: nn.Module) -> Target | None:
@@ -154,6 +169,8 @@ class PeftAdditive(Target):
         weight = read_weight(owner, module, 1 if _is_transposed(module, owner) else 0)
         if weight.kind == "opaque":
             raise UnsupportedAdapterError("this adapter's norms need a base weight that can be read")
+        if getattr(module, "miss_fn", None) == "bat":
+            raise UnsupportedAdapterError("MISS with 'bat' multiplies the weight; without, it adds to it")
         return cls(name, module, owner, weight)
 
     def _active(self) -> list[str]:
@@ -174,7 +191,7 @@ class PeftAdditive(Target):
 
 
 def unknown_method(module: nn.Module) -> str | None:
-    """Why an adapter layer of PEFT that no type takes has no noise; None if it is no such layer."""
+    """Why a PEFT layer of no known type has no noise. None if the module is no PEFT layer."""
     if not has(module, "base_layer", "active_adapters", "adapter_layer_names"):
         return None
     _, *path = type(module).__module__.split(".")
@@ -186,7 +203,7 @@ def _lora_pairs(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """A and B of each adapter, as modules or parameters."""
     pairs: dict[str, tuple[Any, Any]] = {}
     for a_name, b_name in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
-        # nn.Module's own lookup is slow, and this is asked for at each step.
+        # nn.Module's own lookup is slow, and this runs at each step.
         a, b = module._modules.get(a_name), module._modules.get(b_name)
         if isinstance(a, (nn.ModuleDict, nn.ParameterDict)) and isinstance(
             b, (nn.ModuleDict, nn.ParameterDict)
@@ -202,14 +219,18 @@ def _is_transposed(layer: nn.Module, owner: nn.Module) -> bool:
 
 @torch.no_grad()
 def _sum_of_deltas(target: Target, adapters: Iterable[str]) -> Tensor | None:
-    """The dense products that PEFT itself makes, in the weight's stored shape."""
+    """The sum of the dense products that PEFT itself computes, in the weight's stored shape."""
     total: Tensor | None = None
     layer, training = target.layer, target.layer.training
     try:
         layer.training = False  # earlier releases of PEFT apply their rank dropout here, too
         with gathered(layer, target.adapter_parameters()):
             for adapter in adapters:
-                term: Tensor = layer.get_delta_weight(adapter)
+                if hasattr(layer, "miss_block"):  # makes the merged weight
+                    zero = torch.zeros(target.weight.shape, device=target.weight.device)
+                    term: Tensor = layer.get_delta_weight_miss(adapter, zero)
+                else:
+                    term = layer.get_delta_weight(adapter)
                 term = term.detach().to_dense() if term.is_sparse else term.detach()
                 term = term.to(target.weight.device, torch.float32).reshape(target.weight.shape)
                 total = term if total is None else total + term

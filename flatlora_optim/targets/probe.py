@@ -1,4 +1,4 @@
-"""A check of what was said about a layer: its adapter must do what the weight would do that had it merged."""
+"""Checks a description: the adapter must change the output as the merged weight would."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _TOLERANCE = 0.02
 
 @torch.no_grad()
 def complaint_of(target: Target) -> str | None:
-    """How far the layer's forward is from ``x (W + dW)^T``; None if it agrees, or can't be tried.
+    """How the layer's forward differs from ``x (W + dW)^T``. None if it agrees, or can't be tried.
 
-    The adapter is given two sets of random values, and the change of the output is compared with that by
-    ``dW``. All is as it was afterwards, bit for bit.
+    The adapter gets two sets of random values. The output must change as ``dW`` says. Afterwards all is as
+    it was, bit for bit.
     """
     parameters = list(dict.fromkeys(target.adapter_parameters()))
     weight = target.weight
@@ -34,7 +34,7 @@ def complaint_of(target: Target) -> str | None:
         return None
     if target.merged or not all(p.is_floating_point() for p in parameters):
         return None
-    forward, owner = target.layer.forward, target.owner
+    forward, owner, tolerance = target.layer.forward, target.owner, _TOLERANCE
     with _undisturbed(target, parameters):
         _randomize(parameters, 1)
         first = target.delta()
@@ -50,39 +50,35 @@ def complaint_of(target: Target) -> str | None:
             return None
         added = added - target.as_stored(second)
         if isinstance(weight, DenseWeight):
-            merged = (weight.tensor.float() + added).to(weight.tensor.dtype)
+            tolerance += _rounding(added, weight.tensor)
+            merged = added.add_(weight.tensor).to(weight.tensor.dtype)  # in place: it may be large
             with _reparametrize_module(owner, {weight.name: nn.Parameter(merged, requires_grad=False)}):
                 expected = forward(x) - other
-            if not expected.any():  # the layer has its weight by another way, as Keras' do
+            if not expected.any():  # the layer reads its weight in another way, as Keras does
                 with _written(weight.tensor, merged):
                     expected = forward(x) - other
         elif x.is_floating_point() and not _are_close(doubled - forward(x + x), 2 * (output - other), other):
-            return None  # no linear layer, but one that has it inside
+            return None  # not a linear layer itself: it only contains one
         else:
             expected = _product(owner, x, added, weight.row_dim)
-    tolerance = _TOLERANCE
     if expected.any():
         # Each output is a sum of many rounded products.
         tolerance += (1 + weight.columns**0.5 / 4) * _rounding(expected, other)
-    if isinstance(weight, DenseWeight):
-        tolerance += _rounding(added, weight.tensor)
     if tolerance > 0.5:
         return None  # rounding would hide it
-    actual, expected = _widened(output - other).flatten(), _widened(expected).flatten()
+    actual, expected = (output - other).cpu().double().flatten(), expected.cpu().double().flatten()
     if actual.shape != expected.shape or not (actual.isfinite().all() and expected.isfinite().all()):
         return None
     return _difference(actual, expected, tolerance)
 
 
 def _rounding(change: Tensor, whole: Tensor) -> float:
-    """What rounding of the whole may do to a change of it, relative to the change."""
-    size = _widened(change).norm().clamp(1e-30)
-    return 4 * torch.finfo(whole.dtype).eps * float(_widened(whole).norm() / size)
+    """How much rounding of the whole may distort a change of it, relative to the change."""
+    return 4 * torch.finfo(whole.dtype).eps * _norm(whole) / max(_norm(change), 1e-30)
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    """In float32 at least; some devices know nothing wider."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)))
 
 
 def _are_close(one: Tensor, other: Tensor, whole: Tensor) -> bool:
@@ -97,18 +93,18 @@ def _difference(actual: Tensor, expected: Tensor, tolerance: float) -> str | Non
     factor = float(actual @ expected) / max(size**2, 1e-30)
     if float((actual - factor * expected).norm()) <= tolerance * abs(factor) * size:
         return (
-            f"on a small input, the adapter adds {factor:.4g} times what scaling, lora_A and lora_B (or "
-            "delta) say: check the scaling"
+            f"on a small input, the adapter adds {factor:.4g} times scaling * lora_B @ lora_A (or delta): "
+            "check the scaling"
         )
     return (
-        f"on a small input, the adapter changes the output by {float(actual.norm()):.4g}, and a weight that "
-        f"had it merged by {size:.4g}; the two differ by {error:.4g}. Check which weight is meant, lora_A "
-        "and lora_B (shapes (r, n) and (m, r)) or delta, and `transposed`"
+        f"on a small input, the adapter changes the output by {float(actual.norm()):.4g}, but merged into "
+        f"the weight by {size:.4g}; the two differ by {error:.4g}. Check `weight`, lora_A and lora_B (shapes "
+        "(r, n) and (m, r)) or delta, and `transposed`"
     )
 
 
 def _inputs(target: Target) -> Iterator[Tensor]:
-    """Small inputs that the layer may take."""
+    """Small inputs that the layer may accept."""
     owner: Any = target.owner
     weight = target.weight
     generator = torch.Generator().manual_seed(0)
@@ -122,8 +118,8 @@ def _inputs(target: Target) -> Iterator[Tensor]:
     elif hasattr(owner, "_conv_forward"):
         yield random(1, owner.in_channels, *(2 * d * (k - 1) + 1 for k, d in _kernel(owner)))
     else:
-        yield random(2, weight.columns)
         yield random(1, 2, weight.columns)
+        yield random(2, weight.columns)
 
 
 def _kernel(convolution: Any) -> Iterator[tuple[int, int]]:
@@ -136,7 +132,7 @@ def _first_that_runs(
     for x in inputs:
         try:
             output = forward(x)
-        except Exception:  # it takes something else, which can't be guessed
+        except Exception:  # the layer wants another input, and we can't guess which
             continue
         if isinstance(output, Tensor) and output.is_floating_point():
             return x, output

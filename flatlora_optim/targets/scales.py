@@ -32,20 +32,20 @@ from .weights import DenseWeight
 
 _ELEMENTS_AT_ONCE = 1 << 24
 _TOLERANCE = 0.01
-"""How far an adapter may move, relative to W', before the norms on a quantized weight are read anew."""
+"""How far an adapter may move, relative to W', before a quantized weight's norms are read again."""
 _SKETCH = 8
 
 
 class RowNorms:
     """The norms of the merged weight's rows, for one target.
 
-    Of a quantized weight, holds ``||W[i]||^2`` (m numbers) for as long as the weight stays what it was.
+    For a quantized weight, holds ``||W[i]||^2`` (m numbers) until the weight changes.
     """
 
     def __init__(self, target: Target) -> None:
         self.target = target
         self.kept: Tensor | None = None
-        """Of a quantized weight: ``||W'[i]||^2`` as they were last read, and that adapter's sketch, flat."""
+        """For a quantized weight: ``||W'[i]||^2`` as last read, and the adapter's sketch then, flat."""
         self._base: Tensor | None = None
         self._fingerprint: tuple[Any, ...] | None = None
 
@@ -65,15 +65,15 @@ class RowNorms:
         return self.target.weight.rows + _SKETCH**2
 
     def kept_or_unknown(self) -> Tensor:
-        """NaNs are near nothing."""
+        """``kept``, or NaNs, which no sketch is near."""
         return torch.full((self.kept_size,), math.nan) if self.kept is None else self.kept
 
 
 @torch.no_grad()
 def merged_norms(rows: Sequence[RowNorms]) -> list[Tensor | None]:
-    """``||W'[i]||`` of each target, shape ``(m,)``, float32; None where no adapter is active.
+    """``||W'[i]||`` of each target, shape ``(m,)``, float32. None if no adapter is active.
 
-    Many weights are read at once, since few are large enough to keep all threads busy.
+    Many weights are read at once, because few are large enough to keep all threads busy.
     """
     norms: list[Tensor | None] = []
     with ExitStack() as stack:
@@ -130,9 +130,9 @@ def _kept_or_read(rows: Sequence[RowNorms], deltas: Sequence[LowRank]) -> list[T
 
 
 def _are_near(rows: Sequence[RowNorms], sketches: Sequence[Tensor]) -> list[bool]:
-    """Whether each adapter is within the tolerance of what it was when the norms were read."""
+    """Whether each adapter is within the tolerance of its value when the norms were read."""
     for each in rows:
-        each.base_squared()  # forgets what was kept of another weight
+        each.base_squared()  # forgets the kept norms if the weight has changed
     kept = [each.kept for each in rows]
     known = [each for each in kept if each is not None]
     if not known:
@@ -148,21 +148,21 @@ def _are_near(rows: Sequence[RowNorms], sketches: Sequence[Tensor]) -> list[bool
 
 
 def _sketch(delta: LowRank) -> Tensor:
-    left = _probes(delta.left.shape[0], delta.left.device).T @ delta.left.float()
-    right = delta.right.float() @ _probes(delta.right.shape[1], delta.right.device)
+    left = _projection(delta.left.shape[0], delta.left.device).T @ delta.left.float()
+    right = delta.right.float() @ _projection(delta.right.shape[1], delta.right.device)
     return (left @ right).mul_(delta.scaling).flatten()
 
 
 @functools.lru_cache(maxsize=64)
-def _probes(size: int, device: torch.device) -> Tensor:
+def _projection(size: int, device: torch.device) -> Tensor:
     """Gaussian numbers, shape ``(size, 8)``, that are the same in each run."""
     generator = torch.Generator().manual_seed(size)
     return torch.randn(size, _SKETCH, generator=generator).to(device)
 
 
 def _batches(rows: Sequence[RowNorms]) -> Iterator[Sequence[RowNorms]]:
-    """Runs of weights small enough that the adapters' values in float32 don't count: only the kernels of
-    accelerators read them as they are."""
+    """Runs of weights whose adapters take little memory in float32. (Kernels of accelerators need no such
+    copy.)"""
     first = elements = 0
     for end, each in enumerate(rows, start=1):
         if each.target.weight.device.type == "cpu":

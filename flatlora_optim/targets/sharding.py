@@ -1,7 +1,7 @@
 """Weights of which this process holds a part: DTensors of FSDP2 and of tensor parallelism.
 
-Noise goes into the local part, and is that of the whole weight whatever the sharding: it is made
-block by block of the whole weight, and the norms of its rows are summed over the parts.
+The local part gets its share of the whole weight's noise, which does not depend on the sharding: blocks are
+those of the whole weight, and row norms are summed over the parts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def is_sharded(tensor: object) -> bool:
 def local_part(tensor: Any) -> Tensor:
     """The part of the tensor that this process holds, without autograd history.
 
-    That may be the tensor itself: of hundreds of weights, each operation would be felt.
+    That may be the tensor itself: with hundreds of weights, each operation costs time.
     """
     if is_sharded(tensor):
         tensor = tensor.detach().to_local()
@@ -33,7 +33,7 @@ def local_part(tensor: Any) -> Tensor:
 
 
 def place_of(tensor: Any) -> tuple[torch.device, int] | None:
-    """Where in memory the local part begins: what parameters that share it have in common, if any."""
+    """Where in memory the local part begins. Parameters that share it have the same place."""
     local = local_part(tensor)
     try:
         address = local.data_ptr() if local.numel() else 0
@@ -43,14 +43,14 @@ def place_of(tensor: Any) -> tuple[torch.device, int] | None:
 
 
 def whole(tensor: Any) -> Tensor:
-    """All parts of the tensor, put together on each process."""
+    """All parts of the tensor, gathered on each process."""
     tensor = tensor.detach()
     values: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return values
 
 
 def gathered(module: nn.Module, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-    """A block in which the module has these parameters whole, for code that knows no DTensor."""
+    """A block in which the module has these parameters whole, for code that can't use DTensors."""
     wanted = {id(parameter) for parameter in parameters if is_sharded(parameter)}
     values = {name: whole(p) for name, p in module.named_parameters() if id(p) in wanted}
     return _reparametrize_module(module, values)
@@ -73,7 +73,7 @@ def like(tensor: Any, local: Tensor) -> Tensor:
 
 
 def region(tensor: Any) -> tuple[int, slice]:
-    """Where the local part lies: its first row along dim 0, and its elements of each such row."""
+    """Where the local part is: its first row along dim 0, and which elements of each row it has."""
     if not is_sharded(tensor):
         return 0, slice(None)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -95,7 +95,7 @@ def region(tensor: Any) -> tuple[int, slice]:
 
 
 def sum_over_parts(partial: Tensor, weight: Any) -> Tensor:
-    """The sum of what each part of the weight contributes, in place, on all processes."""
+    """The sum over all parts of the weight, in place, on all processes."""
     if is_sharded(weight):
         for dim in _sharded_dims(weight):
             torch.distributed.all_reduce(partial, group=weight.device_mesh.get_group(dim))
@@ -103,19 +103,19 @@ def sum_over_parts(partial: Tensor, weight: Any) -> Tensor:
 
 
 def replica(model: nn.Module) -> int:
-    """A number that tells apart the copies of the model, each of which may carry its own noise.
+    """The number of this copy of the model. Each copy may have its own noise.
 
-    Processes that hold parts of the same copy agree on it: the lowest rank among them.
+    It is the lowest rank among the processes that hold parts of the copy.
     """
     if not in_a_group():
         return 0
-    check_engine(model)  # it may have been wrapped after the optimizer was built
+    check_engine(model)  # the model may have been wrapped after the optimizer was built
     weight: Any = next((p for p in model.parameters() if is_sharded(p)), None)
     if weight is None:
         return torch.distributed.get_rank()
     mesh, shards = weight.device_mesh, _sharded_dims(weight)
-    # Copies along the leading dims are for data parallelism (HSDP). A tensor that is not sharded
-    # at all, or along a later dim, is a duplicate within one copy of the model.
+    # Copies along the leading dims are data parallelism (HSDP). Duplicates along a later dim belong to one
+    # copy of the model.
     copies = shards[0] if shards else 0
     return int(mesh.mesh[tuple(mesh.get_coordinate()[:copies])].min())
 
@@ -129,7 +129,7 @@ def fsdp_modules(model: nn.Module) -> Iterator[Any]:
 
 
 def reshard(module: Any) -> None:
-    """Gives the module's own shards back, also in the middle of its forward."""
+    """Frees the module's gathered weights and puts its shards back, also in the middle of its forward."""
     module.reshard()
     state = module._get_fsdp_state()
     for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
@@ -139,10 +139,9 @@ def reshard(module: Any) -> None:
 
 
 def reshard_all(model: nn.Module) -> None:
-    """Gives all shards of the model back: noise goes there, and is gathered from there.
+    """Reshards all modules: noise is written to the shards, and weights are gathered from there.
 
-    FSDP2 keeps the gathered weights of the root module after a forward; they would not see what is
-    written to the shards.
+    After a forward, FSDP2 keeps the root module's gathered weights, which would not have the noise.
     """
     for module in fsdp_modules(model):
         reshard(module)
@@ -150,11 +149,11 @@ def reshard_all(model: nn.Module) -> None:
 
 @contextmanager
 def before_gathering(module: Any, hook: object) -> Iterator[None]:
-    """A block inside a forward pre-hook that runs before FSDP2 gathers the module's weights.
+    """A block inside a forward pre-hook that must run before FSDP2 gathers the module's weights.
 
-    So it does by itself, unless ``fully_shard`` came after the hook (Accelerate shards a model
-    whose optimizer exists already). Then FSDP2 lets go and gathers again; once, as from the next
-    forward on the hook comes first.
+    It does, unless ``fully_shard`` came after the hook (Accelerate shards a model whose optimizer exists
+    already). Then the weights are resharded and gathered again; only once, because the hook is moved to
+    the front.
     """
     hooks = module._forward_pre_hooks
     earlier = list(takewhile(lambda other: other is not hook, hooks.values()))
@@ -168,13 +167,13 @@ def before_gathering(module: Any, hook: object) -> Iterator[None]:
 
 
 def check_engine(model: nn.Module) -> None:
-    """Raises ValueError for engines that take the weights' shapes or values away."""
+    """Raises ValueError for engines that hide the weights' shapes or values."""
     for parameter in model.parameters():
         # In its forward, FSDP1 replaces the parameters by views of the flattened one.
         if hasattr(parameter, "_fsdp_flattened") or hasattr(parameter._base, "_fsdp_flattened"):
             raise ValueError(
-                "FullyShardedDataParallel (FSDP1) flattens the weights, so that their rows can't be "
-                "found. Use FSDP2: `torch.distributed.fsdp.fully_shard`, or `fsdp_version: 2` in "
+                "FullyShardedDataParallel (FSDP1) flattens the weights, so we can't find their "
+                "rows. Use FSDP2: `torch.distributed.fsdp.fully_shard`, or `fsdp_version: 2` in "
                 "Accelerate"
             )
         if hasattr(parameter, "ds_id"):
@@ -185,7 +184,7 @@ def check_engine(model: nn.Module) -> None:
 
 
 def _sharded_dims(tensor: Any) -> list[int]:
-    """The mesh dims along which the tensor is cut. FSDP2 on top of TP cuts strided."""
+    """The mesh dims along which the tensor is cut, also by FSDP2's strided placement on top of TP."""
     return [dim for dim, placement in enumerate(tensor.placements) if hasattr(placement, "dim")]
 
 

@@ -1,7 +1,7 @@
 """Adapters and the frozen weights under them.
 
-Adapter layers are recognized by their attributes, never by their class, so that no library is
-imported and subclasses, renamed adapters and quantized variants are found alike.
+Adapter layers are recognized by their attributes, never by their class. So no library is imported, and
+subclasses, renamed adapters and quantized variants are found as well.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .weights import FrozenWeight, UnsupportedAdapterError
 class LowRank(NamedTuple):
     """An adapter product ``scaling * left @ right``.
 
-    Shapes ``(m, r)`` and ``(r, n)``, where ``m`` counts output neurons, of any floating dtype; of experts,
-    with one more dim in front.
+    Shapes ``(m, r)`` and ``(r, n)``, where ``m`` counts output neurons; any floating dtype. Experts have one
+    more dim in front.
     """
 
     left: Tensor
@@ -33,7 +33,7 @@ class Target:
     """One frozen weight and the adapter on top of it.
 
     Args:
-        name: Where the adapter layer sits in the model.
+        name: The adapter layer's name in the model.
         layer: The adapter layer.
         owner: The module that holds the frozen weight (PEFT's ``base_layer``).
         weight: Reads the frozen weight.
@@ -45,18 +45,18 @@ class Target:
         self.owner = owner
         self.weight = weight
         self.tied: list[Target] = []
-        """Further adapter layers on the same weight; it is perturbed once, for all of them."""
+        """Further adapter layers on the same weight, which is perturbed once for all of them."""
         self.first_block = 0
         self.computes = owner
-        """The module whose forward computes with the weight. It is the adapter layer itself if that reads the
-        owner's weight past the owner's forward."""
+        """The module whose forward computes with the weight: the owner, or the adapter layer if it reads the
+        weight without calling the owner's forward."""
 
     @classmethod
     def match(cls, name: str, module: nn.Module) -> Target | None:
         """The target that ``module`` is, or None if it is of another type.
 
         Raises:
-            UnsupportedAdapterError: It is of this type but can't be perturbed.
+            UnsupportedAdapterError: It is of this type, but can't be perturbed.
         """
         raise NotImplementedError
 
@@ -65,9 +65,9 @@ class Target:
         raise NotImplementedError
 
     def delta(self) -> LowRank | Tensor | None:
-        """The scaled product of all active adapters: low-rank, or dense of the stored shape.
+        """The scaled product of all active adapters: low-rank, or dense in the stored shape.
 
-        None when no adapter is active, which leaves the weight unperturbed.
+        None if no adapter is active. Then the weight is not perturbed.
         """
         raise NotImplementedError
 
@@ -79,7 +79,7 @@ class Target:
     def all_terms(self) -> list[LowRank | Tensor]:
         """``terms`` with those of all other active adapters on the same layer.
 
-        Where other layers share the weight, those of the first that has one.
+        If several owners share the weight, it is that of the first with an active adapter.
         """
         if not self.tied:
             return self.terms()
@@ -101,23 +101,23 @@ class Target:
         return total
 
     def as_stored(self, delta: LowRank | Tensor) -> Tensor:
-        """The product as a whole, of the weight's stored shape."""
+        """The product as one tensor, in the weight's stored shape."""
         if isinstance(delta, Tensor):
             return delta
         matrix = delta.scaling * delta.left.float() @ delta.right.float()
         return (matrix.mT if self.weight.row_dim else matrix).reshape(self.weight.shape)
 
     def check(self) -> None:
-        """Tries whether the adapter does what ``delta`` says.
+        """Checks on a small input that the adapter does what ``delta`` says.
 
         Raises:
-            ValueError: It does not, by the user's own words.
-            UnsupportedAdapterError: It does not, and was taken for what it is not.
+            ValueError: It does not, and the user described it (``register``).
+            UnsupportedAdapterError: It does not, so it was recognized wrongly.
         """
 
     @property
     def sharing(self) -> list[Target]:
-        """This target, and those whose weight is the same."""
+        """This target, and those with the same weight."""
         return [self, *self.tied]
 
     @property
@@ -131,10 +131,10 @@ class Target:
         return any(is_set(each.layer, "merged") for each in self.sharing)
 
     merges_a_sum = True
-    """Whether merging adds the adapter's product to the weight, and does nothing else to it."""
+    """Whether merging just adds the adapter's product to the weight."""
 
     def check_ties(self) -> None:
-        """Raises RuntimeError unless all layers that shared this weight still do."""
+        """Raises RuntimeError if a layer that shared this weight no longer does."""
         for other in self.tied:
             if other.weight.identity() != self.weight.identity():
                 raise RuntimeError(
@@ -143,19 +143,19 @@ class Target:
                 )
 
     def all_parameters(self) -> Iterator[nn.Parameter]:
-        """Those of all active adapters on this weight."""
+        """The parameters of all active adapters on this weight."""
         for sharing in self.sharing:
             yield from sharing.adapter_parameters()
 
     def has_gradient(self) -> bool:
-        """Whether an active adapter on this weight has learned anything since the last step."""
+        """Whether an active adapter on this weight has a gradient other than 0."""
         return any(p.grad is not None and bool(p.grad.any()) for p in self.all_parameters())
 
     def low_rank(self, left: Tensor, right: Tensor, scaling: float) -> LowRank:
-        """The product, checked.
+        """The product, if it fits the weight.
 
         Raises:
-            UnsupportedAdapterError: It is not of the weight's shape.
+            UnsupportedAdapterError: It does not have the weight's shape.
         """
         rows, columns = self.weight.rows, self.weight.columns
         if right.ndim != 2 or left.shape != (rows, right.shape[0]) or right.shape[1] != columns:
@@ -175,7 +175,7 @@ class Target:
 
 
 def factor_of(part: nn.Module | Tensor, device: torch.device) -> Tensor:
-    """A factor's values, whole also where the parameter is sharded; where possible, the parameter itself."""
+    """A factor's values, gathered if the parameter is sharded. The parameter itself, where possible."""
     tensor: Tensor = part if isinstance(part, Tensor) else part.weight  # type: ignore[assignment]
     if is_sharded(tensor):
         tensor = whole(tensor)
@@ -191,5 +191,5 @@ def names_of(targets: Iterable[Target]) -> str:
 
 
 def values_of(part: nn.Module | Tensor, device: torch.device) -> Tensor:
-    """The same in float32."""
+    """``factor_of`` in float32."""
     return factor_of(part, device).float()

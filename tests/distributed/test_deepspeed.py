@@ -299,12 +299,12 @@ def test_through_transformers(world: int) -> None:
             assert results[stage] == pytest.approx(results[None], abs=1e-5, rel=0), stage
 
 
-def told(call: Any) -> str:
+def message_of(call: Any) -> str:
     try:
         call()
     except (RuntimeError, ValueError) as error:
         return str(error)
-    raise AssertionError("nothing was told")
+    raise AssertionError("nothing was raised")
 
 
 def too_late() -> dict[str, str]:
@@ -321,15 +321,15 @@ def too_late() -> dict[str, str]:
     messages = {}
     optimizer = flat_optimizer(tiny_model())
     trainer = fresh(FlatLoRACallback(optimizer), optimizers=(optimizer, None))
-    messages["dropped"] = told(trainer.train)
+    messages["dropped"] = message_of(trainer.train)
     trainer = fresh(None)
     trainer.add_callback(FlatLoRACallback(sigma=0.1))
-    messages["late"] = told(trainer.train)
+    messages["late"] = message_of(trainer.train)
     trainer = fresh(None)
     attach(trainer, sigma=0.1, schedule="constant")
     trainer.train()
     assert all(entry["flatlora/noise_norm"] > 0 for entry in trainer.state.log_history if "loss" in entry)
-    messages["twice"] = told(trainer.train)
+    messages["twice"] = message_of(trainer.train)
 
     model = lora_mlp()
     optimizer = FlatLoRAOptimizer(adamw(trainable(model)), model, sigma=0.1, schedule="constant")
@@ -341,7 +341,7 @@ def too_late() -> dict[str, str]:
     return messages
 
 
-def test_what_can_not_be_is_told() -> None:
+def test_what_can_not_be_is_reported() -> None:
     (messages,) = launch(too_late, world=1)
     assert "has dropped the FlatLoRAOptimizer and would train with AdamW" in messages["dropped"]
     assert "attach(trainer, sigma=...)" in messages["late"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 
-from helpers import flatlora, lora_mlp, loss_of, mlp_batch
+from helpers import changed_weights, fingerprint, flatlora, lora_mlp, loss_of, mlp_batch, trainable
 from launch import launch
 from test_fsdp2 import MODELS, evaluating, output, shard
 from test_tensor_parallel import parallelize
@@ -89,3 +89,28 @@ def test_ddp(rank_noise: str) -> None:
     assert (losses == losses_2) == (rank_noise == "shared")
     if rank_noise == "shared":
         assert losses == pytest.approx(train(lora_mlp(), of_mlp)["loss"], rel=1e-5)
+
+
+def on_shared_weights(model: nn.Module) -> list[float]:
+    for adapter in trainable(model):
+        adapter.data = adapter.data.clone()
+    before = fingerprint(model)
+
+    def batches(step: int) -> Callable[[nn.Module], Tensor]:
+        def loss_fn(model: nn.Module) -> Tensor:
+            loss = loss_of(model, mlp_batch(step))
+            assert not changed_weights(model, before)
+            return loss
+
+        return loss_fn
+
+    return train(model, batches, seed=dist.get_rank(), rank_noise="shared")["loss"]
+
+
+def test_processes_that_share_the_weights_train_as_each_would_alone() -> None:
+    model = lora_mlp().share_memory()
+    before = fingerprint(model)
+    together = launch(on_shared_weights, model)
+    assert not changed_weights(model, before)
+    assert together == [train(lora_mlp(), of_mlp, seed=seed)["loss"] for seed in range(2)]
+    assert together[0] != together[1]

@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -16,7 +17,7 @@ from flatlora_optim import FlatLoRAOptimizer
 VOCABULARY = 64
 
 
-def tiny_model(vocabulary: int = VOCABULARY) -> PeftModel:
+def tiny_model(vocabulary: int = VOCABULARY, rank: int = 4) -> PeftModel:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,
@@ -31,15 +32,27 @@ def tiny_model(vocabulary: int = VOCABULARY) -> PeftModel:
         eos_token_id=2,
     )
     lora = LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
+        r=rank, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
     )
     return get_peft_model(LlamaForCausalLM(config), lora)
 
 
-def flat_optimizer(model: nn.Module, **options: Any) -> FlatLoRAOptimizer:
-    base = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+def flat_optimizer(model: nn.Module, base: Any = torch.optim.AdamW, **options: Any) -> FlatLoRAOptimizer:
     options = {"sigma": 0.1, "schedule": "constant", "seed": 7, **options}
-    return FlatLoRAOptimizer(base, model, **options)
+    return FlatLoRAOptimizer(
+        base((p for p in model.parameters() if p.requires_grad), lr=1e-2), model, **options
+    )
+
+
+class Averaging(torch.optim.AdamW):
+    """What DDP does to the gradients, at the step."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+        super().step()
 
 
 def token_batches(count: int, batch_size: int = 2, length: int = 8) -> list[dict[str, Tensor]]:
@@ -99,7 +112,7 @@ class Recording:
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model.training:
-            batch = {**inputs, "num_items_in_batch": kwargs.get("num_items_in_batch")}
+            batch = {"num_items_in_batch": kwargs.get("num_items_in_batch"), **inputs}
             self.windows.setdefault(self.state.global_step, []).append(batch)
         return super().compute_loss(model, inputs, *args, **kwargs)
 

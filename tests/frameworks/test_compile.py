@@ -146,7 +146,7 @@ def test_inductor_bakes_in_no_weight_even_when_it_freezes(options: dict[str, str
         assert [loss.item(), *train(compiled, optimizer)[:-1]] == pytest.approx(expected, rel=1e-5)
 
 
-def test_fullgraph_is_refused_unless_the_style_is_explicit() -> None:
+def test_fullgraph_needs_the_compiled_model_or_the_explicit_style() -> None:
     model = with_peft()
     optimizer = flat_optimizer(model)
     with pytest.raises(torch._dynamo.exc.Unsupported):

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import schedulefree
 import torch
+from torchao.optim import AdamW4bit
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
 
 from common import (
@@ -71,9 +73,13 @@ def arguments(folder: Path | str, **options: Any) -> TrainingArguments:
 
 
 def build(
-    folder: Path | str, callbacks: list[Any], kind: type[Trainer] = RecordingTrainer, **options: Any
+    folder: Path | str,
+    callbacks: list[Any],
+    kind: type[Trainer] = RecordingTrainer,
+    rank: int = 4,
+    **options: Any,
 ) -> tuple[Any, Watch]:
-    model = tiny_model()
+    model = tiny_model(rank=rank)
     watch = Watch(model)
     trainer = kind(
         model,
@@ -150,6 +156,69 @@ def test_wraps_whatever_the_trainer_builds(tmp_path: Path, optim: str) -> None:
     assert_gone(trainer)
 
 
+def schedule_free(parameters: Any) -> Any:
+    optimizer = schedulefree.AdamWScheduleFree(parameters, lr=1e-2, weight_decay=0.1)
+    optimizer.train()
+    return optimizer
+
+
+def four_bit(parameters: Any) -> Any:
+    return AdamW4bit(parameters, lr=1e-2, weight_decay=0.1, block_size=256)
+
+
+class Evaluates:
+    """What the trainer's evaluation every two steps does to a schedule-free optimizer."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer, self.steps = optimizer, 0
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps % 2 == 0:
+            self.optimizer.eval()
+        if self.steps < STEPS:
+            self.optimizer.train()
+
+
+@pytest.mark.parametrize("optim", ["schedule_free_adamw", "adamw_torch_4bit"])
+def test_optimizers_with_a_life_of_their_own(optim: str, tmp_path: Path) -> None:
+    """One averages the weights it steps, and is switched at each evaluation; one has subclasses of tensors as
+    its state, and a tensor as its learning rate."""
+    free = optim == "schedule_free_adamw"
+    rank = 4 if free else 64  # smaller adapters have no state in 4 bits
+    options = {
+        "optim": optim,
+        "lr_scheduler_type": "constant" if free else "linear",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its step
+        trainer, watch = build(tmp_path, [FlatLoRACallback(sigma=0.1)], rank=rank, **options)
+        trainer.train()
+        resumed, clean = build(tmp_path, [FlatLoRACallback(sigma=0.1)], rank=rank, **options)
+        resumed.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-2")
+
+        model = tiny_model(rank=rank)
+        base = (schedule_free if free else four_bit)(p for p in model.parameters() if p.requires_grad)
+        optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, total_steps=STEPS, seed=42, auto=False)
+        scheduler = Evaluates(optimizer) if free else get_linear_schedule_with_warmup(optimizer, 0, STEPS)
+        windows = trainer.windows.values()
+        losses = hand_written_loop(model, optimizer, windows, scheduler=scheduler, max_norm=1.0)
+    assert {("train", True), ("backward", True), ("observe", False)} <= set(watch.uses)
+    assert ("observe", True) not in watch.uses
+    assert watch.is_clean()
+    assert_gone(trainer)
+    if not free:
+        assert any("4bit" in type(v).__name__ for s in base.state.values() for v in s.values())
+    assert trainer.losses == losses
+    assert identical(adapter(trainer.model), adapter(model))
+    assert resumed.losses == losses[4:]
+    assert identical(adapter(resumed.model), adapter(model))
+    assert clean.is_clean()
+
+
 @pytest.mark.parametrize("how", ["callbacks=", "add_callback", "attach", "optimizer, then add_callback"])
 def test_logs_sigma_and_norm_to_reporters_and_history_at_logging_steps(tmp_path: Path, how: str) -> None:
     reporter, callback = Reporter(), FlatLoRACallback(sigma=0.1)
@@ -177,6 +246,8 @@ def test_logs_sigma_and_norm_to_reporters_and_history_at_logging_steps(tmp_path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FlatLoRAOptimizer, "metrics", lambda self: measured.append(0) or metrics(self))
         trainer.train()
+    assert "FlatLoRACallback: FlatLoRAOptimizer(\n  perturbed:" in repr(callback)
+    assert "step 6 of 6" in repr(callback)
     logged = [entry for entry in reporter.received if "loss" in entry]
     assert [entry["flatlora/sigma"] for entry in logged] == pytest.approx([cosine(1), cosine(3), cosine(5)])
     assert all(entry["flatlora/noise_norm"] > 0 for entry in logged)
@@ -262,6 +333,63 @@ def test_each_new_model_of_the_trainer_is_wrapped(tmp_path: Path) -> None:
     assert all(watch.is_clean() for watch in watches)
 
 
+def test_hyperparameter_search(tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna")
+    watches: dict[int, Watch] = {}
+    models: list[torch.nn.Module] = []
+    seen: dict[int, list[tuple[float, float]]] = {}
+    callback = FlatLoRACallback(sigma=0.1)
+
+    def model_init(trial: Any) -> torch.nn.Module:
+        model = tiny_model()
+        if trial is not None:
+            watches[trial.number] = Watch(model)
+            models.append(model)
+        return model
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            optimizer = callback.optimizer
+            assert optimizer is not None
+            mine = {id(p) for p in models[-1].parameters()}
+            assert all(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+            row = optimizer.sigma, optimizer.param_groups[0]["lr"]
+            seen.setdefault(len(models) - 1, []).append(row)
+
+    class PrunesOne(optuna.pruners.BasePruner):
+        def prune(self, study: Any, trial: Any) -> bool:
+            return trial.number == 1
+
+    trainer = Trainer(
+        args=arguments(tmp_path, eval_strategy="steps", eval_steps=4),
+        model_init=model_init,
+        train_dataset=token_rows(14),
+        eval_dataset=token_rows(4),
+        callbacks=[callback, Look()],
+    )
+    rates = [1e-2, 5e-3, 2e-3]
+    trainer.hyperparameter_search(
+        backend="optuna",
+        hp_space=lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", rates)},
+        sampler=optuna.samplers.GridSampler({"learning_rate": rates}, seed=0),
+        pruner=PrunesOne(),
+        n_trials=3,
+        direction="minimize",
+    )
+    assert [len(seen[trial]) for trial in range(3)] == [STEPS, 4, STEPS]
+    for rows in seen.values():
+        lr = rows[0][1]
+        expected = [(cosine(step), lr * (1 - step / STEPS)) for step in range(len(rows))]
+        assert rows == [pytest.approx(row) for row in expected]
+    assert {rows[0][1] for rows in seen.values()} == set(rates)
+    for watch, model in zip(watches.values(), models, strict=True):
+        assert {("train", True), ("backward", True), ("observe", False)} <= set(watch.uses)
+        assert ("observe", True) not in watch.uses
+        assert watch.is_clean()
+        assert not any(module._forward_pre_hooks for module in model.modules())
+    assert callback.optimizer is None
+
+
 def test_stopped_in_the_middle_of_a_window(tmp_path: Path) -> None:
     class Stop(TrainerCallback):
         def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -291,7 +419,7 @@ def test_a_checkpoint_is_resumed_without_it_and_it_joins_one_without(tmp_path: P
     assert [row[:2] for row in schedule.seen] == [pytest.approx((i, cosine(i))) for i in range(3, STEPS)]
 
 
-def test_tells_of_an_optimizer_that_the_trainer_does_not_use(tmp_path: Path) -> None:
+def test_warns_of_an_optimizer_that_the_trainer_does_not_use(tmp_path: Path) -> None:
     model = tiny_model()
     base = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, total_steps="deferred")

@@ -6,6 +6,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -58,11 +59,18 @@ class Module(lightning.LightningModule):
 
 
 def fit(
-    module: lightning.LightningModule, folder: Path | str, resume: str | None = None, **options: Any
+    module: lightning.LightningModule,
+    folder: Path | str,
+    resume: str | None = None,
+    processes: int = 1,
+    **options: Any,
 ) -> lightning.Trainer:
     options = {"schedule": "cosine", "seed": 7, **options}
     trainer = lightning.Trainer(
         accelerator="cpu",
+        strategy="auto" if processes == 1 else "ddp",
+        devices=processes,
+        use_distributed_sampler=False,  # its order is another one after a resume
         max_epochs=EPOCHS,
         accumulate_grad_batches=2,
         val_check_interval=3,
@@ -77,7 +85,11 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = [torch.utils.data.DataLoader(token_batches(n), batch_size=None) for n in (BATCHES, 1)]
+    rank = dist.get_rank() if processes > 1 else 0
+    data = [
+        torch.utils.data.DataLoader(token_batches(n * processes)[rank::processes], batch_size=None)
+        for n in (BATCHES, 1)
+    ]
     trainer.fit(module, *data, ckpt_path=resume, weights_only=False)
     return trainer
 

@@ -115,6 +115,9 @@ class LoRALinear(nn.Module):
         self.lora_a = nn.Linear(inputs, rank, bias=False)
         self.lora_b = nn.Linear(rank, outputs, bias=False)
 
+    def adapter_params(self) -> list[str]:
+        return ["lora_a.weight", "lora_b.weight"]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = nn.functional.linear(x, self.weight)
         return out if self.disabled else out + (self.alpha / self.rank) * self.lora_b(self.lora_a(x))
@@ -168,7 +171,7 @@ class TuneConfig(SimpleNamespace):
 
 def test_torchtune() -> None:
     from flatlora_optim import FlatLoRAOptimizer
-    from flatlora_optim.integrations.torchtune import FlatLoRARecipe, describe
+    from flatlora_optim.integrations.torchtune import FlatLoRARecipe
 
     class Recipe(FlatLoRARecipe, TuneRecipe):
         pass
@@ -193,7 +196,6 @@ def test_torchtune() -> None:
 
     plain = TuneRecipe(None)
     plain.setup(TuneConfig(state=None, first=0))
-    describe(plain._model)
     optimizer = FlatLoRAOptimizer(
         torch.optim.AdamW(plain._model.parameters(), lr=0.01), plain._model, sigma=0.2, total_steps=6, seed=3
     )

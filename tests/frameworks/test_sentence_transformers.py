@@ -118,31 +118,31 @@ def cached(model: Any) -> Any:
     return losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=2)
 
 
-def test_noise_only_in_training_and_resumed(folder: Path, tmp_path: Path) -> None:
-    trainer, uses = trainer_of(folder, tmp_path, PLAIN)
+@pytest.mark.parametrize("loss", [PLAIN, cached], ids=["plain", "cached"])
+def test_noise_only_in_training_and_resumed(folder: Path, tmp_path: Path, loss: Any) -> None:
+    trainer, uses = trainer_of(folder, tmp_path, loss)
     trainer.train()
-    assert set(uses.counts) == {("forward", True), ("evaluation", False)}
+    passes = [("forward", True)] if loss is PLAIN else [("forward, no grad", True), ("in backward", True)]
+    assert set(uses.counts) == {*passes, ("evaluation", False)}
     assert uses.is_clean()
-    again, uses = trainer_of(folder, tmp_path, PLAIN)
+    assert not trainer.loss._forward_pre_hooks
+    again, uses = trainer_of(folder, tmp_path, loss)
     again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-2")
     assert identical(adapter(again.model), adapter(trainer.model))
     assert uses.is_clean()
 
 
 def test_both_passes_of_a_cached_loss_see_the_same_noise(folder: Path, tmp_path: Path) -> None:
-    trainer, uses = trainer_of(folder, tmp_path / "cached", cached)
+    trainer, _ = trainer_of(folder, tmp_path / "cached", cached)
     trainer.train()
-    assert set(uses.counts) == {("forward, no grad", True), ("in backward", True), ("evaluation", False)}
-    assert uses.is_clean()
-    assert not trainer.loss._forward_pre_hooks
     plain, _ = trainer_of(folder, tmp_path / "plain", PLAIN)
     plain.train()
     for found, expected in zip(adapter(trainer.model), adapter(plain.model), strict=True):
         assert torch.allclose(found, expected, atol=1e-4)
 
 
-def test_the_plain_loss_is_that_of_a_loop_by_hand(folder: Path, tmp_path: Path) -> None:
-    trainer, _ = trainer_of(folder, tmp_path, PLAIN)
+def record(trainer: Any) -> list[Any]:
+    """What each training batch is made of, filled while the trainer runs."""
     seen: list[Any] = []
     compute = trainer.compute_loss
 
@@ -152,42 +152,87 @@ def test_the_plain_loss_is_that_of_a_loop_by_hand(folder: Path, tmp_path: Path) 
         return compute(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = compute_loss
-    trainer.train()
+    return seen
 
-    model = model_of(folder)
+
+def by_hand(model: Any, trainer: Any, loss_of: Any, batches: list[Any], decay: float = 0.0) -> list[Any]:
+    """The adapter after the same batches; the learning rate falls by ``decay`` in each step."""
     base = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2, weight_decay=0.0)
     optimizer = FlatLoRAOptimizer(base, model, seed=42, auto=False, **OPTIONS)
-    loss_of = PLAIN(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - decay * step)
     model.train()
-    for inputs in seen:
+    for inputs in batches:
         features, labels = trainer.collect_features(inputs)
         with optimizer.perturbed():
             loss_of(features, labels).backward()
         optimizer.step()
+        scheduler.step()
         optimizer.zero_grad()
-    assert identical(adapter(model), adapter(trainer.model))
+    return adapter(model)
+
+
+def test_the_plain_loss_is_that_of_a_loop_by_hand(folder: Path, tmp_path: Path) -> None:
+    trainer, _ = trainer_of(folder, tmp_path, PLAIN)
+    batches = record(trainer)
+    trainer.train()
+    model = model_of(folder)
+    assert identical(by_hand(model, trainer, PLAIN(model), batches), adapter(trainer.model))
+
+
+def setfit_trainer(folder: Path, path: Path) -> tuple[Any, Uses]:
+    setfit = pytest.importorskip("setfit")
+    from sklearn.linear_model import LogisticRegression
+
+    body = model_of(folder)
+    rows = {"text": sentences(8, 1), "label": [0, 1] * 4}
+    trainer = setfit.Trainer(
+        model=setfit.SetFitModel(model_body=body, model_head=LogisticRegression(), labels=["a", "b"]),
+        args=setfit.TrainingArguments(
+            output_dir=str(path),
+            batch_size=4,
+            max_steps=3,
+            body_learning_rate=1e-2,
+            l2_weight=0.0,
+            warmup_proportion=0.0,
+            logging_steps=1,
+            logging_first_step=False,
+            save_steps=2,
+            save_total_limit=None,
+            eval_strategy="steps",
+            eval_steps=2,
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_dict(rows),
+        eval_dataset=Dataset.from_dict(rows),
+        callbacks=[FlatLoRACallback(**OPTIONS)],
+    )
+    trainer.st_trainer.args.max_grad_norm = 0
+    trainer.st_trainer.args.optim = "adamw_torch"
+    return trainer, Uses(body)
 
 
 def test_setfit(folder: Path, tmp_path: Path) -> None:
-    setfit = pytest.importorskip("setfit")
-    body = model_of(folder)
-    uses = Uses(body)
-    model = setfit.SetFitModel(model_body=body, model_head=None, labels=["a", "b"])
-    from sklearn.linear_model import LogisticRegression
-
-    model.model_head = LogisticRegression()
-    trainer = setfit.Trainer(
-        model=model,
-        args=setfit.TrainingArguments(
-            output_dir=str(tmp_path), batch_size=4, max_steps=3, report_to="none", save_strategy="no"
-        ),
-        train_dataset=Dataset.from_dict({"text": sentences(8, 1), "label": [0, 1] * 4}),
-        callbacks=[FlatLoRACallback(**OPTIONS)],
-    )
+    trainer, uses = setfit_trainer(folder, tmp_path)
+    batches = record(trainer.st_trainer)
     trainer.train()
-    assert uses.counts["forward", True]
-    assert not uses.counts["forward", False]
-    assert set(uses.counts) <= {("forward", True), ("evaluation", False)}  # the head is fitted without noise
+    # Also the head is fitted without noise.
+    assert set(uses.counts) == {("forward", True), ("evaluation", False)}
     assert uses.is_clean()
     trainer.model.predict(sentences(2, 3))
     assert not uses.counts["evaluation", True]
+    logged = [entry for entry in trainer.st_trainer.state.log_history if "learning_rate" in entry]
+    assert len(logged) == 3
+    assert all(entry["flatlora/noise_norm"] > 0 for entry in logged)
+
+    model = model_of(folder)
+    loss = losses.CosineSimilarityLoss(model)
+    weights = by_hand(model, trainer.st_trainer, loss, batches, decay=1 / 3)
+    assert identical(weights, adapter(trainer.model.model_body))
+
+    # SetFit's own train() takes no checkpoint.
+    again, uses = setfit_trainer(folder, tmp_path)
+    train = again.st_trainer.train
+    again.st_trainer.train = lambda: train(resume_from_checkpoint=f"{tmp_path}/checkpoint-2")
+    again.train()
+    assert identical(adapter(again.model.model_body), weights)
+    assert uses.is_clean()

@@ -12,12 +12,12 @@ pytest.importorskip("axolotl", reason="make test-trainers")
 from parts import Spy, tiny_model, write_rows
 
 
-def test_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_yaml(tmp_path: Path) -> None:
     from axolotl.cli.config import load_cfg
     from axolotl.common.datasets import load_datasets
     from axolotl.train import train
 
-    rows = [{"text": " ".join(f"w{(i + j) % 60}" for j in range(6))} for i in range(32)]
+    rows = [{"text": " ".join(f"w{(i + j) % 60}" for j in range(6))} for i in range(36)]
     data = {"path": write_rows(tmp_path / "rows.jsonl", rows), "ds_type": "json", "type": "completion"}
     config = {
         "base_model": tiny_model(tmp_path / "model"),
@@ -41,18 +41,27 @@ def test_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "dataset_num_proc": 1,
         "num_dataset_shards_to_save": 1,
         "dataloader_num_workers": 0,
-        "val_set_size": 0,
+        "val_set_size": 4,
+        "eval_steps": 2,
+        "save_steps": 2,
         "bf16": False,
         "fp16": False,
         "tf32": False,
         "use_cpu": True,
         "logging_steps": 1,
+        "seed": 7,
         "special_tokens": {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"},
     }
-    path = tmp_path / "config.yml"
-    path.write_text(yaml.safe_dump(config))
-    spy = Spy(monkeypatch)
-    cfg = load_cfg(str(path))
-    assert cfg.flatlora_sigma == 0.1
-    train(cfg=cfg, dataset_meta=load_datasets(cfg=cfg))
-    spy.assert_noise_grew(4)
+
+    def run(**options: str) -> None:
+        path = tmp_path / "config.yml"
+        path.write_text(yaml.safe_dump({**config, **options}))
+        cfg = load_cfg(str(path))
+        assert cfg.flatlora_sigma == 0.1
+        train(cfg=cfg, dataset_meta=load_datasets(cfg=cfg))
+
+    whole = Spy(run)
+    whole.assert_noise_only_in_training()
+    whole.assert_same_as_by_hand()
+    checkpoint = f"{tmp_path}/output/checkpoint-2"
+    Spy(lambda: run(resume_from_checkpoint=checkpoint)).assert_resumed(whole)

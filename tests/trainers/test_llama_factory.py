@@ -10,15 +10,14 @@ pytest.importorskip("llamafactory", reason="make test-trainers")
 from parts import Spy, tiny_model
 
 
-def test_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher(tmp_path: Path) -> None:
     from llamafactory.train.tuner import run_exp
 
     from flatlora_optim.integrations.transformers import FlatLoRACallback
 
-    rows = [{"instruction": f"w1 w{i}", "input": "", "output": "w3 w4"} for i in range(32)]
+    rows = [{"instruction": f"w1 w{i}", "input": "", "output": "w3 w4"} for i in range(36)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     (tmp_path / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
-    spy = Spy(monkeypatch)
     arguments = {
         "stage": "sft",
         "do_train": True,
@@ -36,7 +35,18 @@ def test_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "learning_rate": 1e-2,
         "report_to": "none",
         "use_cpu": True,
-        "save_strategy": "no",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "val_size": 4,
+        "preprocessing_num_workers": 1,
     }
-    run_exp(arguments, callbacks=[FlatLoRACallback(sigma=0.1)])
-    spy.assert_noise_grew(4)
+
+    def run(**options: str) -> None:
+        run_exp({**arguments, **options}, callbacks=[FlatLoRACallback(sigma=0.1)])
+
+    whole = Spy(run)
+    whole.assert_noise_only_in_training()
+    whole.assert_same_as_by_hand()
+    checkpoint = f"{tmp_path}/output/checkpoint-2"
+    Spy(lambda: run(resume_from_checkpoint=checkpoint)).assert_resumed(whole)

@@ -9,7 +9,7 @@ pytest.importorskip("swift", reason="make test-trainers")
 from parts import Spy, tiny_model, write_rows
 
 
-def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line(tmp_path: Path) -> None:
     from swift import sft_main
 
     plugin = tmp_path / "plugin.py"
@@ -18,7 +18,6 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         {"messages": [{"role": role, "content": f"w1 w{i}"} for role in ("user", "assistant")]}
         for i in range(32)
     ]
-    spy = Spy(monkeypatch)
     arguments = {
         "model": tiny_model(tmp_path / "model"),
         "model_type": "llama",
@@ -37,10 +36,20 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "report_to": "none",
         "use_cpu": "true",
         "torch_dtype": "float32",
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "split_dataset_ratio": 0,
+        "add_version": "false",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "val_dataset": write_rows(tmp_path / "validation.jsonl", turns[:4]),
         "dataset_num_proc": 1,
     }
-    sft_main([str(part) for name, value in arguments.items() for part in (f"--{name}", value)])
-    spy.assert_noise_grew(4)
+
+    def run(**options: str) -> None:
+        words = [(f"--{name}", str(value)) for name, value in {**arguments, **options}.items()]
+        sft_main([part for pair in words for part in pair])
+
+    whole = Spy(run)
+    whole.assert_noise_only_in_training()
+    whole.assert_same_as_by_hand()
+    checkpoint = f"{tmp_path}/output/checkpoint-2"
+    Spy(lambda: run(resume_from_checkpoint=checkpoint)).assert_resumed(whole)

@@ -1,5 +1,6 @@
 """torchtune's ``LoRAFinetuneRecipeSingleDevice``."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 pytest.importorskip("torchtune", reason="make test-trainers")
 from omegaconf import OmegaConf
 from torchtune.models.llama2 import lora_llama2
+from torchtune.training import get_cosine_schedule_with_warmup, scale_grads
 
 from flatlora_optim import FlatLoRAOptimizer
 from flatlora_optim.integrations.torchtune import FlatLoRARecipe, load_recipe
@@ -40,8 +42,6 @@ class Checkpointer:
 
     def save_checkpoint(self, state: dict[str, Any], epoch: int, **kwargs: Any) -> None:
         if "optimizer" in state:
-            import copy
-
             type(self).saved = copy.deepcopy({k: v for k, v in state.items() if k != "model"})
 
 
@@ -63,12 +63,30 @@ class Rows(torch.utils.data.Dataset[dict[str, list[int]]]):
 class Recipe(FlatLoRARecipe, LoRAFinetuneRecipeSingleDevice):
     def __init__(self, cfg: Any) -> None:
         self.losses: list[float] = []
+        self.batches: list[dict[str, torch.Tensor]] = []
+        self.noisy: list[bool] = []
+        self.saved_clean: list[bool] = []
         super().__init__(cfg=cfg)
 
+    def setup(self, cfg: Any) -> None:
+        super().setup(cfg)
+        self.first = copy.deepcopy(self._model.state_dict())
+
+    def is_clean(self) -> bool:
+        now = self._model.state_dict()
+        return all(torch.equal(now[name], value) for name, value in self.first.items() if "lora" not in name)
+
     def _loss_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.batches.append(dict(batch))
         loss = super()._loss_step(batch)
         self.losses.append(loss.item())
+        weights = [(self._model.get_parameter(name), value) for name, value in self.first.items()]
+        self.noisy.append(any(not torch.equal(p, v) for p, v in weights if not p.requires_grad))
         return loss
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.saved_clean.append(self.is_clean())
+        super().save_checkpoint(*args, **kwargs)
 
 
 def run(folder: Path, resume: bool = False) -> Recipe:
@@ -123,7 +141,34 @@ def test_recipe_and_its_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(optimizer, FlatLoRAOptimizer)
     assert optimizer.total_steps == optimizer.step_count == 4
     assert len(optimizer.targets) == 5
-    clean = model().state_dict()
-    assert all(torch.equal(v, clean[k]) for k, v in recipe._model.state_dict().items() if "lora" not in k)
+    assert recipe.noisy == [False] * 2 + [True] * 6  # the first step of the cosine has none
+    assert recipe.saved_clean == [True, True]
+    assert recipe.is_clean()
     resumed = run(tmp_path, resume=True)
     assert resumed.losses == recipe.losses[4:]
+    assert resumed.is_clean()
+    assert by_hand(recipe) == recipe.losses
+
+
+def by_hand(recipe: Recipe) -> list[float]:
+    """The recipe's loss, in the explicit style."""
+    recipe._optimizer.detach()
+    model = recipe._model
+    model.load_state_dict(recipe.first)
+    base = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01)
+    optimizer = FlatLoRAOptimizer(base, model, sigma=0.1, total_steps=4, seed=7, auto=False)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=1, num_training_steps=4)
+    batches, losses = list(recipe.batches), []
+    for window in zip(batches[::2], batches[1::2], strict=True):
+        tokens = sum((batch["labels"] != recipe._loss_fn.ignore_index).sum() for batch in window)
+        with optimizer.perturbed():
+            for batch in window:
+                own = (batch["labels"] != recipe._loss_fn.ignore_index).sum()
+                loss = recipe._loss_step(batch)
+                (loss * own).backward()
+                losses.append(loss.item())
+        scale_grads(model, 1 / tokens)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    return losses

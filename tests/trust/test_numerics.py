@@ -129,7 +129,7 @@ def steps_of(dtype: torch.dtype, sigma: float, schedule: str = "cosine") -> list
 
 @pytest.mark.parametrize(("dtype", "sigma"), [(torch.bfloat16, 5e-4), (torch.float16, 5e-5)])
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_noise_that_is_rounded_away_is_told_once_with_the_number(
+def test_noise_that_is_rounded_away_is_reported_once_with_the_number(
     dtype: torch.dtype, sigma: float, schedule: str
 ) -> None:
     (message,) = steps_of(dtype, sigma, schedule)
@@ -157,9 +157,9 @@ def test_float32_is_not_advised_to_become_float32() -> None:
     assert not steps_of(torch.float32, 1e-9)
 
 
-@pytest.mark.parametrize(("sigmas", "is_told"), [((0.0, 5e-4), True), ((0.1, 5e-4), False)])
+@pytest.mark.parametrize(("sigmas", "is_reported"), [((0.0, 5e-4), True), ((0.1, 5e-4), False)])
 def test_what_is_lost_is_the_mean_over_the_weights_with_noise(
-    sigmas: tuple[float, float], is_told: bool
+    sigmas: tuple[float, float], is_reported: bool
 ) -> None:
     layers = torch.nn.ModuleList(without_adapter((torch.randn(64, 64) * 0.02).bfloat16()) for _ in sigmas)
     groups = [
@@ -170,4 +170,4 @@ def test_what_is_lost_is_the_mean_over_the_weights_with_noise(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         optimizer.perturb()
-    assert any("rounds the noise away" in str(w.message) for w in caught) == is_told
+    assert any("rounds the noise away" in str(w.message) for w in caught) == is_reported

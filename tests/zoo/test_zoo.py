@@ -8,24 +8,16 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
-
-os.environ["KERAS_BACKEND"] = "torch"
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from flatlora_optim import FlatLoRAOptimizer
+from flatlora_optim import FlatLoRAOptimizer, register
 
 SIGMA, DRAWS = 0.1, 100
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 def shake(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -205,7 +197,7 @@ def test_torchtune_nf4() -> None:
     merged = layer.weight.get_original_weight() + 2.0 * layer.lora_b.weight @ layer.lora_a.weight
     model = nn.Sequential(layer)
     base = torch.optim.SGD(parameters, lr=0.0)
-    optimizer = FlatLoRAOptimizer(base, model, sigma=SIGMA, schedule="constant")
+    optimizer = FlatLoRAOptimizer(base, model, sigma=SIGMA, schedule="constant", noise="gaussian")
     eye = torch.eye(128)
     with torch.no_grad():
         clean = layer.forward(eye)
@@ -260,13 +252,27 @@ def test_lycoris(algorithm: str) -> None:
     check(model, parameters, weights, lambda: model(x))
 
 
-@pytest.mark.parametrize("algorithm", ["full", "glora", "ia3", "diag-oft", "boft"])
+REFUSED = {
+    "boft": "Butterfly",
+    "diag-oft": "DiagOFT",
+    "dylora": "DyLora",
+    "full": "Full",
+    "glora": "GLoRA",
+    "ia3": "IA3",
+    "tlora": "TLora",
+}
+
+
+@pytest.mark.parametrize("algorithm", REFUSED)
 def test_lycoris_refused(algorithm: str) -> None:
     model = Net().requires_grad_(False)
-    network = lycoris_on(model, algorithm)
+    network = lycoris_on(model, algorithm, block_size=1)
     base = torch.optim.SGD(network.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="adds no product that is known here"):
+    message = f"fc: {REFUSED[algorithm]}.* adds no product that we know; LoRA, LoCon, LoHa and LoKr do"
+    with pytest.raises(ValueError, match=message):
         FlatLoRAOptimizer(base, model, sigma=SIGMA, schedule="constant")
+    with pytest.raises(ValueError, match="LycorisNetwork adapts the layers of another model"):
+        FlatLoRAOptimizer(base, network, sigma=SIGMA, schedule="constant")
 
 
 def test_lycoris_on_a_quantized_base() -> None:
@@ -328,6 +334,110 @@ def test_adapterhub(fused: bool) -> None:
     check(model, parameters, weights, lambda: model(input_ids=tokens).logits)
 
 
+def bert_with(*names: str) -> Any:
+    """With a LoRA of each name."""
+    adapters = pytest.importorskip("adapters")
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = transformers.BertModel(transformers.BertConfig(**sizes, **dropouts, vocab_size=32))
+    adapters.init(model)
+    for name in names:
+        model.add_adapter(name, config=adapters.LoRAConfig(r=2, alpha=4))
+    return model
+
+
+def test_average_of_adapterhub() -> None:
+    model = bert_with("x", "y")
+    from adapters.composition import Average
+
+    model.train_adapter(Average("x", "y", weights=[0.75, 0.25]))
+    parameters = shake(p for n, p in model.named_parameters() if "loras" in n)
+    layers = [layer for layer in model.modules() if len(getattr(layer, "loras", ()))]
+    weights, eye = {}, torch.eye(16)
+    for layer in layers:  # by what the layer answers to a basis
+        with torch.no_grad():
+            weights[layer.weight] = (layer(eye[None]) - layer(torch.zeros(1, 1, 16)))[0].T
+    tokens = torch.randint(0, 32, (2, 6))
+    check(model, parameters, weights, lambda: model(input_ids=tokens)[0])
+
+
+@pytest.mark.parametrize("composition", ["Stack", "Parallel", "BatchSplit"])
+def test_compositions_of_adapterhub_without_a_merged_weight(composition: str) -> None:
+    model = bert_with("x", "y")
+    import adapters.composition
+
+    options = {"batch_sizes": [1, 1]} if composition == "BatchSplit" else {}
+    model.train_adapter(getattr(adapters.composition, composition)("x", "y", **options))
+    parameters = [p for n, p in model.named_parameters() if "loras" in n]
+    with pytest.raises(ValueError, match=rf"{composition}\[x, y\] of AdapterHub composes .* activate one"):
+        FlatLoRAOptimizer(torch.optim.SGD(parameters, lr=0.1), model, sigma=SIGMA, schedule="constant")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("IA3Config", "IA3 of AdapterHub adds no product B @ A"),
+        ("VeraConfig", "Vera of AdapterHub adds no product B @ A"),
+        ("LoRAConfig", "its LoRA is gated, .* build it without `use_gating`"),
+    ],
+)
+def test_adapterhub_refused(config: str, message: str) -> None:
+    model = bert_with()
+    import adapters
+
+    options = {"use_gating": True} if config == "LoRAConfig" else {}
+    model.add_adapter("x", config=getattr(adapters, config)(**options))
+    model.train_adapter("x")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match=message):
+        FlatLoRAOptimizer(torch.optim.SGD(parameters, lr=0.1), model, sigma=SIGMA, schedule="constant")
+
+
+class LoRAqkv(nn.Module):
+    """LoRA on the q and v slices of a ViT's fused projection, as SAMed has it around SAM's, too."""
+
+    def __init__(self, qkv: nn.Linear, rank: int) -> None:
+        super().__init__()
+        dim = qkv.in_features
+        self.qkv = qkv
+        self.linear_a_q, self.linear_a_v = (nn.Linear(dim, rank, bias=False) for _ in "qv")
+        self.linear_b_q, self.linear_b_v = (nn.Linear(rank, dim, bias=False) for _ in "qv")
+        parts = ["linear_a_q", "linear_a_v", "linear_b_q", "linear_b_v"]
+        register(self, weight="qkv.weight", delta="product", parameters=parts)
+
+    def product(self) -> Tensor:
+        q, v = (b.weight @ a.weight for a, b in self.pairs())
+        return torch.cat([q, torch.zeros_like(q), v])
+
+    def pairs(self) -> tuple[tuple[nn.Linear, nn.Linear], ...]:
+        return (self.linear_a_q, self.linear_b_q), (self.linear_a_v, self.linear_b_v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, v = (b(a(x)) for a, b in self.pairs())
+        qkv = self.qkv(x).clone()
+        qkv[..., : q.shape[-1]] += q
+        qkv[..., -v.shape[-1] :] += v
+        return qkv
+
+
+def test_a_vit_of_timm() -> None:
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
+    model = timm.models.vision_transformer.VisionTransformer(**sizes).requires_grad_(False)
+    for block in model.blocks:
+        block.attn.qkv = LoRAqkv(block.attn.qkv, rank=2)
+    parameters = shake(p for p in model.parameters() if p.requires_grad)
+    assert len(parameters) == 8
+    weights, eye = {}, torch.eye(24)
+    for block in model.blocks:
+        with torch.no_grad():
+            layer = block.attn.qkv
+            weights[layer.qkv.weight] = (layer(eye) - layer(torch.zeros(1, 24))).T
+    x = torch.randn(2, 3, 16, 16)
+    check(model, parameters, weights, lambda: model(x))
+
+
 def test_keras() -> None:
     keras = pytest.importorskip("keras")
     inputs = keras.Input((16,))
@@ -351,6 +461,51 @@ def test_keras() -> None:
     torch.testing.assert_close(drawn.scales, SIGMA * merged.norm(dim=0) / 4, rtol=0.01, atol=0)
     assert noise.any()
     optimizer.step()
+
+
+def test_keras_fit_with_a_train_step_of_ones_own() -> None:
+    keras = pytest.importorskip("keras")
+
+    class Model(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.top = keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(2)
+
+        def call(self, x: Any) -> Any:
+            return self.top(self.hidden(x))
+
+        def train_step(self, data: Any) -> dict[str, Any]:
+            x, y = data
+            with optimizer.perturbed():
+                noisy.extend(
+                    not torch.equal(kernel, frozen) for kernel, frozen in zip(kernels, clean, strict=True)
+                )
+                loss = self.compute_loss(x, y, self(x, training=True))
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))
+            return {"loss": loss}
+
+    x, y = torch.randn(32, 6), torch.randn(32, 2)
+    model, noisy, losses = Model(), [], []
+    model(x)
+    for layer in (model.hidden, model.top):
+        layer.enable_lora(2)
+    model.compile(loss="mse")
+    layers = nn.ModuleList(
+        [layer for layer in model._flatten_layers() if getattr(layer, "lora_enabled", False)]
+    )
+    kernels = [layer._kernel.value for layer in layers]
+    clean = [kernel.detach().clone() for kernel in kernels]
+    base = torch.optim.AdamW([variable.value for variable in model.trainable_variables], lr=1e-2)
+    optimizer = FlatLoRAOptimizer(base, layers, sigma=SIGMA, schedule="constant", auto=False)
+    model.fit(x.numpy(), y.numpy(), epochs=10, batch_size=8, verbose=0)
+    assert len(noisy) == 2 * 40
+    assert all(noisy)
+    assert optimizer.step_count == 40
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert all(torch.equal(kernel, frozen) for kernel, frozen in zip(kernels, clean, strict=True))
 
 
 def test_keras_around_a_torch_module() -> None:

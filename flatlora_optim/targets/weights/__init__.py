@@ -1,8 +1,8 @@
 """Reading frozen weights, however they are stored.
 
 Row scales and virtual perturbation need a weight's values in float32, a few rows at a time.
-Quantized layers are recognized by the shape of their objects, so no quantizer is imported
-before a layer of its own has been seen.
+Quantized layers are recognized by their attributes, so a quantizer is only imported if the model has one
+of its layers.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int, name: str = "w
         return ReadOnlyWeight(owner, row_dim, read)
     if owner is layer or has_foreign_forward(owner):
         raise UnsupportedAdapterError(
-            f"the weight of {type(owner).__name__} can only be read through its forward, and the adapter is "
-            "in there, too; keep the frozen layer as a submodule (`self.base_layer`) of the adapter's"
+            f"the weight of {type(owner).__name__} can only be read through its forward, which contains the "
+            "adapter, too; keep the frozen layer as a submodule (`self.base_layer`) of the adapter's"
         )
     rows = getattr(layer, "out_features", None) or getattr(owner, "out_features", None)
     columns = getattr(layer, "in_features", None) or getattr(owner, "in_features", None)
@@ -82,21 +82,21 @@ def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int, name: str = "w
 
 
 def has_foreign_forward(owner: nn.Module) -> bool:
-    """Whether another module's forward has taken the place of the layer's own, as kohya's networks do."""
+    """Whether another module's forward has replaced the layer's own, as kohya's networks do."""
     forward = getattr(owner, "_old_forward", None) or own_forward(owner)
     module = getattr(forward, "__self__", owner)
     return module is not owner and isinstance(module, nn.Module)
 
 
 def _is_computed(owner: nn.Module, name: str) -> bool:
-    """Whether the weight is made anew at each look, or before each forward (pruning, the former
-    ``weight_norm``), so that what is written to it is lost."""
+    """Whether the weight is computed at each access, or before each forward (pruning, the old
+    ``weight_norm``), so that writes to it are lost."""
     made_by_hook = any(f"{name}{suffix}" in owner._parameters for suffix in ("_orig", "_g"))
     return made_by_hook or getattr(owner, name) is not getattr(owner, name)
 
 
 def is_plain(weight: object) -> bool:
-    """Whether in-place arithmetic on the tensor means what it says (no packed or wrapped data)."""
+    """Whether in-place arithmetic on the tensor changes its values: no packed or wrapped data."""
     return (
         type(weight) in (nn.Parameter, Tensor)
         and isinstance(weight, Tensor)

@@ -16,7 +16,7 @@ Delta = tuple[Tensor, Tensor, float]
 
 
 class UnsupportedAdapterError(ValueError):
-    """Why an adapter layer is left unperturbed; reported once by the optimizer."""
+    """Why an adapter layer is not perturbed. The optimizer reports it once."""
 
 
 class FrozenWeight:
@@ -54,19 +54,19 @@ class FrozenWeight:
         return Grid(shape[0], shape[1:].numel(), self.device.type, first_block)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """A new tensor with the weight's values. Shape ``shape``."""
+        """A new tensor with the weight's values, in the stored shape."""
         raise NotImplementedError
 
     def slices(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yields ``(lo, hi, values)``: float32 rows ``[lo, hi)`` along dim 0 of the whole weight.
 
-        Of a sharded weight, only what this process holds: then ``values`` has the elements
-        ``grid().columns`` of these rows.
+        For a sharded weight, only rows of the local part, and ``values`` has only the elements
+        ``grid().columns`` of each.
         """
         raise NotImplementedError
 
     def row_norms_squared(self) -> Tensor:
-        """``||W[i, :]||^2``, shape ``(rows,)``; here and below, of the local part alone."""
+        """``||W[i, :]||^2``, shape ``(rows,)``. This and all below are of the local part alone."""
         return self._row_sums(lambda lo, hi, values: values.square())
 
     def project(self, right: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class FrozenWeight:
         return self._row_sums(lambda lo, hi, values: (values + delta[lo:hi].flatten(1)[:, columns]).square())
 
     def _row_sums(self, terms: Callable[[int, int, Tensor], Tensor]) -> Tensor:
-        """Sums what ``terms`` makes of each of the ``slices``, over each output neuron."""
+        """Sums ``terms(lo, hi, values)`` of all slices, for each output neuron."""
         total = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
         columns = self.grid().columns
         for lo, hi, values in self.slices():
@@ -101,27 +101,27 @@ class FrozenWeight:
         return total
 
     def sum_over_parts(self, partial: Tensor) -> Tensor:
-        """What the parts of a sharded weight add up to. Called by all processes in the same order."""
+        """The sum over the parts of a sharded weight. All processes call it in the same order."""
         return partial
 
     def identity(self) -> Hashable:
-        """What layers with a tied weight have in common."""
+        """The same for layers that share the weight."""
         return id(self.layer.weight)
 
     def tensors(self) -> Iterator[Tensor]:
-        """All tensors that the weight's values are made of."""
+        """All tensors that the weight's values depend on."""
         yield self.layer.weight
 
     def versions(self) -> tuple[Any, ...]:
-        """Changes with each write that autograd counts, and when another tensor takes the place of one."""
+        """Changes with each write that autograd counts, and if a tensor is replaced."""
         return tuple((_Itself(tensor), _version(tensor)) for tensor in self.tensors())
 
     def fingerprint(self) -> tuple[Any, ...]:
-        """Changes whenever the weight may have changed, so that cached norms can be dropped."""
+        """Changes whenever the weight may have changed. Then cached norms are dropped."""
         return fingerprint_of(self.tensors())
 
     def _slices_of(self, values: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """``slices`` of a weight whose values have been read at once."""
+        """``slices`` of values that were read all at once."""
         for lo, hi in self.grid().spans(self.shape[0]):
             yield lo, hi, values[lo:hi].float().flatten(1)
 
@@ -131,7 +131,7 @@ def fingerprint_of(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
 
 
 class _Itself:
-    """A tensor's identity, which no later tensor takes over, as it may an ``id``."""
+    """Identifies a tensor. Unlike an ``id``, it is never used again for another tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._reference = weakref.ref(tensor)  # the same object as long as the tensor lives

@@ -26,13 +26,13 @@ class DenseWeight(FrozenWeight):
 
     @property
     def tensor(self) -> Tensor:
-        # nn.Module's own lookup is slow, and this is asked for again and again.
+        # nn.Module's own lookup is slow, and this is called often.
         tensor: Tensor | None = self.layer._parameters.get(self.name)
         return getattr(self.layer, self.name) if tensor is None else tensor
 
     @property
     def version(self) -> int:
-        """Moves with each write that autograd counts."""
+        """Changes with each write that autograd counts."""
         return self.tensor._version
 
     @property
@@ -45,7 +45,7 @@ class DenseWeight(FrozenWeight):
 
     @property
     def is_whole(self) -> bool:
-        """Whether this process holds all of it."""
+        """Whether this process holds the whole weight."""
         return not is_sharded(self.tensor)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -97,7 +97,7 @@ class DenseWeight(FrozenWeight):
         return grid._replace(first_row=first_row, columns=columns)
 
     def overlaps(self, other: DenseWeight) -> bool:
-        """Whether both hold some element, and not only interleave."""
+        """Whether both contain the same element. Views that only interleave don't."""
         mine, others = local_part(self.tensor), local_part(other.tensor)
         first = min(mine.data_ptr(), others.data_ptr())
         end, unit = max(self.memory()[2], other.memory()[2]), mine.element_size()
@@ -120,7 +120,7 @@ class DenseWeight(FrozenWeight):
         return (place, local.shape, local.stride()) if place is not None else id(self.tensor)
 
     def memory(self) -> tuple[torch.device, int, int]:
-        """Where the local part lies: device, first byte, and first byte after it."""
+        """The local part's device, first byte, and first byte after it."""
         local = local_part(self.tensor)
         last = sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
         numel = last + 1 if local.numel() else 0

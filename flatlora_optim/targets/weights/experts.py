@@ -1,4 +1,4 @@
-"""The experts of a mixture: many matrices in one 3-D parameter, each with rows of its own."""
+"""The experts of a mixture: many matrices in one 3-D parameter."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .dense import DenseWeight
 
 
 class ExpertsWeight(DenseWeight):
-    """The matrices of all experts below each other, as one: shape ``(experts * outputs, inputs)``.
+    """All experts' matrices, stacked into one of shape ``(experts * outputs, inputs)``.
 
-    PEFT's ``target_parameters`` put an adapter on them by a parametrization in each forward, which moves
-    the parameter's version counter, so that writes are told by a few elements instead. Between forwards
-    the parameter is where it was.
+    PEFT's ``target_parameters`` put an adapter on them by a parametrization in each forward. It moves the
+    parameter's version counter, so a few elements show writes instead. Between forwards the parameter is in
+    its usual place.
 
     Args:
         layer: Holds the parameter, of shape ``(experts, outputs, inputs)``, or ``(outputs, inputs)``.

@@ -1,4 +1,4 @@
-"""Weights that can be read, and not written: those that a quantizer has packed, above all."""
+"""Weights that can be read but not written, above all quantized ones."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class Bnb4bitWeight(FrozenWeight):
         packed, state = self.layer.weight.data, copy.copy(self._quant_state())
         if getattr(state, "packing_format_for_cpu", False):
             packed = self._unpack(packed, state)
-        state.dtype = dtype  # dequantized into it at once, as bitsandbytes' forward does
+        state.dtype = dtype  # dequantize straight into it, as bitsandbytes' forward does
         values: Tensor = self._functional.dequantize_4bit(packed, state)
         return values
 
     def _unpack(self, packed: Tensor, state: Any) -> Tensor:
         """Undoes the layout that an evaluation on a CPU with AVX512-BF16 gives the weight.
 
-        bitsandbytes' own inverse does so for the codes, but not always for ``absmax``.
+        bitsandbytes' own inverse restores the codes, but not always ``absmax``.
         """
         state.original_nested = False
         packed, _ = self._functional._convert_weight_packed_for_cpu_inverse(packed, state)
@@ -100,14 +100,35 @@ class Bnb8bitWeight(FrozenWeight):
 
     @staticmethod
     def _dequantized(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        # The very operations of MatMul8bitLt.backward, so that its gradient is met to the bit.
+        # The operations of MatMul8bitLt.backward, so that gradients are the same to the bit.
         values = codes.to(dtype, copy=True)
         return values.mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
 
 
-class ReadOnlyWeight(FrozenWeight):
-    """A weight whose values are known, but not stored as such: torchao, HQQ, float8, weights that are
-    computed from others."""
+class _UnwritableWeight(FrozenWeight):
+    """A weight in whatever tensors its layer keeps it."""
+
+    _shape: torch.Size
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._shape
+
+    @property
+    def device(self) -> torch.device:
+        return next((tensor.device for tensor in self.tensors()), torch.device("cpu"))
+
+    def tensors(self) -> Iterator[Tensor]:
+        return frozen_tensors(self.layer)
+
+    def identity(self) -> Hashable:
+        weight = getattr(self.layer, "weight", None)
+        return id(weight) if isinstance(weight, nn.Parameter) else id(self.layer)
+
+
+class ReadOnlyWeight(_UnwritableWeight):
+    """A weight whose values can be read, but not written: torchao, HQQ, float8, weights that are computed
+    from others."""
 
     kind = "read-only"
 
@@ -120,34 +141,19 @@ class ReadOnlyWeight(FrozenWeight):
         with torch.no_grad():
             return self._read(self.layer).detach()
 
-    @property
-    def shape(self) -> torch.Size:
-        return self._shape
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.tensors()).device
-
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self._values().to(dtype, copy=True)
 
     def slices(self) -> Iterator[tuple[int, int, Tensor]]:
         return self._slices_of(self._values())
 
-    def tensors(self) -> Iterator[Tensor]:
-        return frozen_tensors(self.layer)
-
-    def identity(self) -> Hashable:
-        weight = getattr(self.layer, "weight", None)
-        return id(weight) if isinstance(weight, nn.Parameter) else id(self.layer)
-
 
 def reader_of(owner: nn.Module, name: str) -> Callable[[nn.Module], Tensor] | None:
-    """How the values of a weight are read that can't be written; None if they can't be."""
+    """A reader for weights that can be read but not written. None if they can't be read."""
     weight = getattr(owner, name, None)
     if isinstance(weight, Tensor):
         kind = type(weight)
-        if hasattr(kind, "get_original_weight"):  # torchao's NF4, as torchtune has it
+        if hasattr(kind, "get_original_weight"):  # torchao's NF4, which torchtune uses
             return lambda owner: getattr(owner, name).get_original_weight()
         if getattr(kind, "dequantize", Tensor.dequantize) is not Tensor.dequantize:
             return lambda owner: getattr(owner, name).dequantize()
@@ -164,8 +170,8 @@ def reader_of(owner: nn.Module, name: str) -> Callable[[nn.Module], Tensor] | No
     return None
 
 
-class OpaqueWeight(FrozenWeight):
-    """Any other frozen linear layer: all that is known of it is a working forward.
+class OpaqueWeight(_UnwritableWeight):
+    """Any other frozen linear layer, of which we know only its forward.
 
     ``W`` is read by sending rows of the identity matrix through the layer.
     """
@@ -175,17 +181,6 @@ class OpaqueWeight(FrozenWeight):
     def __init__(self, layer: nn.Module, shape: tuple[int, int]) -> None:
         super().__init__(layer)
         self._shape = torch.Size(shape)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self._shape
-
-    @property
-    def device(self) -> torch.device:
-        return next((tensor.device for tensor in self.tensors()), torch.device("cpu"))
-
-    def tensors(self) -> Iterator[Tensor]:
-        return frozen_tensors(self.layer)
 
     @torch.no_grad()
     def _apply(self, x: Tensor) -> Tensor:
@@ -204,17 +199,14 @@ class OpaqueWeight(FrozenWeight):
         return total
 
     def project(self, right: Tensor) -> Tensor:
-        return self._apply(right.clone()).T  # it may be the adapter's own memory, and the forward write to it
-
-    def identity(self) -> Hashable:
-        return id(self.layer)
+        return self._apply(right.clone()).T  # the adapter's own memory, which the forward might write
 
 
 def frozen_tensors(layer: nn.Module) -> Iterator[Tensor]:
-    """All that a quantizer may have kept a weight in."""
+    """All tensors that a quantizer may have stored a weight in."""
     for module in layer.modules():
         known: list[Any] = []
-        for value in vars(module).values():  # those of parameters and buffers among them
+        for value in vars(module).values():  # parameters and buffers are among them, in dicts
             known += value.values() if isinstance(value, dict) else [value]
         for tensor in known:
             if isinstance(tensor, Tensor) and not tensor.requires_grad:
@@ -222,7 +214,7 @@ def frozen_tensors(layer: nn.Module) -> Iterator[Tensor]:
 
 
 def _inner_tensors(tensor: Any) -> Iterator[Tensor]:
-    """Those that a subclass wraps."""
+    """The tensor, and those inside of it if it is a wrapper subclass."""
     names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
     yield tensor
     for name in names:
@@ -230,7 +222,7 @@ def _inner_tensors(tensor: Any) -> Iterator[Tensor]:
 
 
 def own_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The forward that the layer has when there is no noise."""
+    """The layer's forward without noise."""
     if "flatlora_forward" in layer.__dict__:
         replaced: Callable[[Tensor], Tensor] | None = layer.__dict__["flatlora_forward"][0]
         return replaced or MethodType(type(layer).forward, layer)

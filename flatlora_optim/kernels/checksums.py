@@ -1,4 +1,4 @@
-"""Whether somebody else writes to weights: a few elements of each are compared."""
+"""Checksums of a few elements of each weight: they change if somebody else writes to it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from . import kernels_of
 from .part import read
 
 
-class Seal:
-    """What a few elements of some weights are right now.
+class Checksums:
+    """The checksums of some weights at the time of construction.
 
     Args:
         weights: On whatever devices.
@@ -20,17 +20,18 @@ class Seal:
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self._weights = weights
-        self._probes = {
-            device: _probes(weights, which) for device, which in self._by_device(range(len(weights)))
+        self._before = {
+            device: (which, _checksums(weights, which))
+            for device, which in self._by_device(range(len(weights)))
         }
 
-    def broken(self, which: Iterable[int]) -> set[int]:
-        """Those of these weights that are no longer what they were. Waits once for each device."""
-        return {i for device, some in self._by_device(which) for i in self._broken_on(device, some)}
+    def changed(self, which: Iterable[int]) -> set[int]:
+        """Which of these weights are no longer what they were. Waits once for each device."""
+        return {i for device, some in self._by_device(which) for i in self._changed_on(device, some)}
 
-    def _broken_on(self, device: torch.device, which: list[int]) -> Iterable[int]:
-        known, before = self._probes[device]
-        now = _probes(self._weights, which)[1]
+    def _changed_on(self, device: torch.device, which: list[int]) -> Iterable[int]:
+        known, before = self._before[device]
+        now = _checksums(self._weights, which)
         if len(which) < len(known):
             places = [known.index(i) for i in which]
             before = before[places] if isinstance(before, Tensor) else [before[place] for place in places]
@@ -47,6 +48,6 @@ class Seal:
         return found.items()
 
 
-def _probes(weights: Sequence[Tensor], which: list[int]) -> tuple[list[int], Tensor | list[int]]:
+def _checksums(weights: Sequence[Tensor], which: list[int]) -> Tensor | list[int]:
     some = [weights[i] for i in which]
-    return which, kernels_of(some[0].device).probes(some)
+    return kernels_of(some[0].device).checksums(some)
