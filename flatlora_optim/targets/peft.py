@@ -84,7 +84,9 @@ class PeftLoRA(Target):
     def _product(self, adapter: str, a: Any, b: Any) -> LowRank:
         scaling = float(self.layer.scaling[adapter])
         a, b = factor_of(a, self.weight.device), factor_of(b, self.weight.device)
-        places = a.data_ptr(), a.dtype, b.data_ptr(), b.dtype
+        if not (isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter)):  # gathered, or moved
+            return LowRank(*self._factors_of(adapter, a, b), scaling)
+        places = a.data_ptr(), a.shape, a.dtype, b.data_ptr(), b.shape, b.dtype
         known, factors = self._factors.get(adapter, (None, None))
         if factors is None or known != places:  # of hundreds of weights, each view would be felt
             factors = self._factors_of(adapter, a, b)
