@@ -41,9 +41,9 @@ QUICK_SHAPES = {"MiniLM (1 layer)": MINILM_LAYER, "SmolLM2-135M (1 layer)": SMOL
 Cycle = Callable[[], None]
 
 
-def run(device: str, quick: bool) -> list[dict[str, Any]]:
+def run(quick: bool) -> list[dict[str, Any]]:
     return [
-        _measure(name, stack(shapes, dtype=dtype, device=device), 3 if quick else _rounds(shapes), device)
+        _measure(name, stack(shapes, dtype=dtype), 3 if quick else _rounds(shapes))
         for name, shapes in (QUICK_SHAPES if quick else SHAPES).items()
         for dtype in (torch.float32, torch.bfloat16)
     ]
@@ -55,7 +55,7 @@ def _rounds(shapes: list[tuple[int, int]]) -> int:
     return min(15, max(3, round(6e8 / elements)))
 
 
-def _measure(name: str, model: nn.Module, rounds: int, device: str) -> dict[str, Any]:
+def _measure(name: str, model: nn.Module, rounds: int) -> dict[str, Any]:
     dtype = str(next(adapted_weights(model)).weight.dtype).removeprefix("torch.")
     print(f"  {name}, {dtype}", flush=True)
     builders: dict[str, Callable[[nn.Module], Cycle]] = {
@@ -71,7 +71,7 @@ def _measure(name: str, model: nn.Module, rounds: int, device: str) -> dict[str,
             cycles[variant] = build(twin(model))
             cycles[variant]()
 
-        memory[variant] = peak_memory(first_cycle, device) - _adapter_bytes(model)
+        memory[variant] = peak_memory(first_cycle, "cpu") - _adapter_bytes(model)
     cycles[ROW_SCALES] = row_scales(twin(model))
     return {
         "model": name,
@@ -79,7 +79,7 @@ def _measure(name: str, model: nn.Module, rounds: int, device: str) -> dict[str,
         "bytes": frozen_bytes(model),
         "elements": sum(a.weight.numel() for a in adapted_weights(model)),
         "memory": memory,
-        "seconds": interleave(cycles, rounds, device),
+        "seconds": interleave(cycles, rounds, "cpu"),
     }
 
 

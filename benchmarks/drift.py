@@ -16,15 +16,15 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MODES = ("exact", "snapshot", "subtract", "transcription")
 
 
-def run(device: str, quick: bool) -> list[dict[str, Any]]:
+def run(quick: bool) -> list[dict[str, Any]]:
     checkpoints = CYCLES[:2] if quick else CYCLES
-    return [_drift(mode, dtype, checkpoints, device) for mode in MODES for dtype in DTYPES]
+    return [_drift(mode, dtype, checkpoints) for mode in MODES for dtype in DTYPES]
 
 
-def _drift(mode: str, dtype: torch.dtype, checkpoints: tuple[int, ...], device: str) -> dict[str, Any]:
+def _drift(mode: str, dtype: torch.dtype, checkpoints: tuple[int, ...]) -> dict[str, Any]:
     name = str(dtype).removeprefix("torch.")
     print(f"  {mode}, {name}", flush=True)
-    model = stack([WEIGHT], dtype=dtype, device=device)
+    model = stack([WEIGHT], dtype=dtype)
     weight = next(adapted_weights(model)).weight
     clean = weight.clone()
     cycle: Cycle = transcription(model) if mode == "transcription" else ours(model, restore=mode)

@@ -7,8 +7,10 @@ python benchmarks/gpu.py --only exactness    # some parts
 python benchmarks/gpu.py --out FOLDER        # where the results go
 
 It needs torch, Triton, transformers and peft, and no network. What else is missing, or fails, is told in the
-report and does not keep the other parts from running. results-gpu.json is replaced after each part, and
-RESULTS-GPU.md at the end, each in one piece.
+report and does not keep the other parts from running: they run in a process of their own, which is
+replaced by another when a failure has left the GPU unusable, and stopped when it hangs. Both
+results-gpu.json and RESULTS-GPU.md are replaced after each part, in one piece. COMMIT in the environment
+names the commit where there is no repository.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,7 @@ import measure
 import training
 from flatlora_optim import FlatLoRAOptimizer
 from flatlora_optim.kernels import kernels_of
+from flatlora_optim.targets.scales import RowNorms, merged_norms
 from layers import LLAMA_BLOCK, SIGMA, Shape, adapted_weights, flatlora, frozen_bytes, stack, twin
 from measure import interleave, ratio, synchronize
 from transcription import Transcription
@@ -48,9 +53,12 @@ HERE = Path(__file__).parent
 DEVICE = "cpu" if TINY else "cuda"
 SHAPES: list[Shape] = [(24, 16), (5, 40)] if TINY else LLAMA_BLOCK * 32
 RANK = 16
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CYCLES = (1, 2) if TINY else (1, 10, 200)
 ROUNDS = 1 if TINY else 8
-LIMIT = 460.0  # seconds after which no part begins any more
+LIMIT = 400.0  # seconds after which no part begins any more
+END = 470.0  # seconds after which the part that is under way is stopped
+_began = time.time()
 
 BARS = {
     "cycle": "norms, perturb and restore, at most 3 times what it takes to read and write the weights twice "
@@ -63,35 +71,37 @@ BARS = {
 Record = dict[str, Any]
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 # ------------------------------------------------------------------------ parts
 
 
-def exactness() -> Record:
+def exactness(dtype: torch.dtype) -> Record:
     """Elements that differ after so many cycles, over Llama-2-7B's shapes."""
-    record: Record = {}
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        model = stack(SHAPES, rank=RANK, dtype=dtype, device=DEVICE)
-        optimizer, done = flatlora(model), 0
-        clean = [adapted.weight.detach().clone() for adapted in adapted_weights(model)]
-        start = time.perf_counter()
-        differ: dict[str, int] = {}
-        for cycles in CYCLES:
-            for _ in range(cycles - done):
-                optimizer.perturb()
-                optimizer.step()
-            done = cycles
-            differ[str(cycles)] = sum(
-                int((_bits(adapted.weight.detach()) != _bits(before)).sum())
-                for adapted, before in zip(adapted_weights(model), clean, strict=True)
-            )
-        record[_name(dtype)] = {
-            "differ": differ,
-            "elements": sum(weight.numel() for weight in clean),
-            "seconds": time.perf_counter() - start,
-        }
-        del model, optimizer, clean
-        _free()
-    return record
+    model = stack(SHAPES, rank=RANK, dtype=dtype, device=DEVICE)
+    optimizer, done = flatlora(model), 0
+    clean = [adapted.weight.detach().clone() for adapted in adapted_weights(model)]
+    start = time.perf_counter()
+    differ: dict[str, int] = {}
+    held = 0
+    for cycles in CYCLES:
+        for _ in range(cycles - done):
+            optimizer.perturb()
+            held = optimizer.memory()
+            optimizer.step()
+        done = cycles
+        differ[str(cycles)] = sum(
+            int((_bits(adapted.weight.detach()) != _bits(before)).sum())
+            for adapted, before in zip(adapted_weights(model), clean, strict=True)
+        )
+    return {
+        "differ": differ,
+        "elements": sum(weight.numel() for weight in clean),
+        "held": held / frozen_bytes(model),
+        "seconds": time.perf_counter() - start,
+    }
 
 
 def statistics() -> Record:
@@ -155,12 +165,6 @@ def _same_as_c() -> bool | None:
 
 def engine() -> Record:
     """Milliseconds of each phase, beside a copy of the same bytes and the published procedure."""
-    record = _engine()
-    _free()
-    return record
-
-
-def _engine() -> Record:
     model = stack(SHAPES, rank=RANK, dtype=torch.bfloat16, device=DEVICE)
     weights = [adapted.weight.detach() for adapted in adapted_weights(model)]
     made: list[FlatLoRAOptimizer] = []
@@ -233,9 +237,12 @@ def _launches(work: Callable[[], object]) -> Record:
     if TINY:
         work()
         return {}
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        work()
-        synchronize(DEVICE)
+    try:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            work()
+            synchronize(DEVICE)
+    except RuntimeError as error:  # the profiler may not be allowed to look
+        return {"names": {repr(error)[:200]: 0}}
     names: dict[str, int] = {}
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
@@ -257,41 +264,61 @@ def _waits(work: Callable[[], object]) -> int | None:
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
-def settings() -> Record:
-    """Milliseconds of a cycle with other tiles."""
-    try:
-        from flatlora_optim.kernels import triton as kernels
-    except ImportError as error:  # the engine before this one
-        return {"skipped": str(error)}
+def settings(
+    names: Sequence[str],
+    choices: Sequence[Sequence[int]],
+    works_of: Callable[[nn.Module], dict[str, Callable[[], None]]],
+) -> Record:
+    """Milliseconds with other settings of the kernels, and the best of them. The first are those that are
+    used."""
+    from flatlora_optim.kernels import triton as kernels
+
+    model = stack(SHAPES[:2] if TINY else LLAMA_BLOCK * 4, rank=RANK, dtype=torch.bfloat16, device=DEVICE)
     record: Record = {}
-    shapes = SHAPES[:2] if TINY else LLAMA_BLOCK * 4
-    choices: list[tuple[str, Any]] = (
-        [("TILE", 4096)] if TINY else [("TILE", size) for size in (2048, 4096, 8192)]
-    )
-    choices += [] if TINY else [("_ROWS", 32), ("_ROWS", 128), ("_COLUMNS", 32), ("_COLUMNS", 128)]
-    for attribute, value in choices:
-        before = getattr(kernels, attribute)
-        setattr(kernels, attribute, value)
-        kernels._only.cache_clear()
-        kernels._norm_tables.cache_clear()
-        model = stack(shapes, rank=RANK, dtype=torch.bfloat16, device=DEVICE)
-        optimizer = flatlora(model)
+    best = math.inf
+    for values in choices[:1] if TINY else choices:
+        title = ", ".join(f"{name} = {value}" for name, value in zip(names, values, strict=True))
+        if time.time() - _began > LIMIT + 30:
+            record[title] = "skipped"
+            continue
+        before = [getattr(kernels, name) for name in names]
         try:
-            phases = {"norms and perturb": optimizer.perturb, "restore": optimizer.restore}
-            phases |= {"perturb": optimizer.perturb, "step": optimizer.step}
-            seconds = interleave(phases, ROUNDS, DEVICE)
-            record[f"{attribute} = {value}"] = {
-                phase: 1e3 * min(values) for phase, values in seconds.items() if phase != "step"
-            }
+            _set(kernels, names, values)
+            seconds = interleave(works_of(twin(model)), ROUNDS, DEVICE)
+            taken = {phase: 1e3 * _median(times) for phase, times in seconds.items()}
+            record[title] = {phase: round(time, 3) for phase, time in taken.items()}
+            if sum(taken.values()) < best:
+                best = sum(taken.values())
+                record["best"] = title
         except Exception as error:
-            record[f"{attribute} = {value}"] = repr(error)[:300]
+            record[title] = repr(error)[:300]
+            synchronize(DEVICE)  # raises if nothing more can be measured
         finally:
-            setattr(kernels, attribute, before)
-            kernels._only.cache_clear()
-            kernels._norm_tables.cache_clear()
-        del model, optimizer
+            _set(kernels, names, before)
         _free()
     return record
+
+
+def _set(kernels: Any, names: Sequence[str], values: Sequence[int]) -> None:
+    for name, value in zip(names, values, strict=True):
+        setattr(kernels, name, value)
+    kernels._only.cache_clear()
+    kernels._norm_tables.cache_clear()
+
+
+def _cycle_of(model: nn.Module) -> dict[str, Callable[[], None]]:
+    """Only the first perturb of a step takes norms."""
+    optimizer = flatlora(model)
+    return {"perturb": optimizer.perturb, "restore": optimizer.restore}
+
+
+def _norms_of(model: nn.Module) -> dict[str, Callable[[], None]]:
+    rows = [RowNorms(target) for target in flatlora(model).targets]
+
+    def norms() -> None:
+        merged_norms(rows)
+
+    return {"norms": norms}
 
 
 def steps() -> Record:
@@ -320,7 +347,7 @@ def nf4() -> Record:
                     child.in_features, child.out_features, bias=False,
                     compute_dtype=torch.bfloat16, quant_type="nf4", device="meta",
                 )  # fmt: skip
-                weight = bnb.nn.Params4bit(child.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
                 packed.weight = weight.to(DEVICE)
                 setattr(module, name, packed)
     _free()
@@ -367,6 +394,7 @@ def _steps(model: Any, variants: dict[str, Callable[[nn.Module], training.Step]]
     ids = torch.randint(0, vocabulary, (batches, tokens), device=DEVICE)
     runs: dict[str, Callable[[], None]] = {}
     memory: dict[str, int] = {}
+    failed: dict[str, str] = {}
     for name, build in variants.items():
         own = twin(model)
 
@@ -374,40 +402,59 @@ def _steps(model: Any, variants: dict[str, Callable[[nn.Module], training.Step]]
             for row in ids:
                 (own(input_ids=row[None], labels=row[None]).loss / len(ids)).backward()
 
-        step = build(own)
-        runs[name] = lambda step=step, gradient=gradient: step(gradient)
-        if DEVICE == "cuda":
+        def first_step(
+            name: str = name, build: Any = build, own: Any = own, gradient: Callable[[], None] = gradient
+        ) -> None:
+            step = build(own)
+            runs[name] = lambda: step(gradient)
             runs[name]()
-            memory[name] = measure.peak_memory(runs[name], DEVICE)
-    record = {"seconds": interleave(runs, 1 if TINY else 4, DEVICE), "memory": memory, "tokens": ids.numel()}
-    del runs, model
-    _free()
-    return record
+
+        try:
+            if DEVICE == "cuda":
+                memory[name] = measure.peak_memory(first_step, DEVICE)
+            else:
+                first_step()
+        except torch.OutOfMemoryError as error:
+            runs.pop(name, None)
+            failed[name] = str(error)[:300]
+            _free()
+    seconds = interleave(runs, 1 if TINY else 4, DEVICE)
+    return {"seconds": seconds, "memory": memory, "tokens": ids.numel(), "left out": failed}
 
 
 def tests() -> Record:
     """The tests that need a GPU, where pytest is there."""
-    _free()
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-o", "addopts=", "--noconftest", "-p"]
     command += ["no:cacheprovider", str(HERE.parent / "tests/test_cuda.py")]
     paths = os.pathsep.join([str(HERE.parent), str(HERE.parent / "tests"), os.environ.get("PYTHONPATH", "")])
     try:
         done = subprocess.run(
-            command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=120
+            command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=180
         )
-    except subprocess.TimeoutExpired:
-        return {"failed": "no end within two minutes"}
+    except subprocess.TimeoutExpired as error:
+        return {"failed": f"no end within three minutes\n{(error.stdout or b'').decode()[-3000:]}"}
     return {"status": done.returncode, "output": (done.stdout + done.stderr)[-4000:]}
 
 
 PARTS: dict[str, Callable[[], Record]] = {
     "engine": engine,
-    "exactness": exactness,
+    **{f"exactness {_name(dtype)}": partial(exactness, dtype) for dtype in DTYPES},
     "statistics": statistics,
     "steps": steps,
     "nf4": nf4,
     "tests": tests,
-    "settings": settings,
+    "settings of the noise": partial(
+        settings,
+        ("TILE", "WARPS"),
+        [(4096, 4), (2048, 4), (8192, 4), (4096, 8), (8192, 8), (2048, 2)],
+        _cycle_of,
+    ),
+    "settings of the norms": partial(
+        settings,
+        ("_ROWS", "_COLUMNS", "_NORM_WARPS"),
+        [(64, 64, 4), (128, 64, 4), (64, 128, 4), (128, 64, 8), (32, 128, 4)],
+        _norms_of,
+    ),
 }
 
 
@@ -419,40 +466,96 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true", help="small shapes, on the CPU, into outputs/")
-    parser.add_argument("--only", help=f"comma-separated parts of {','.join(PARTS)}")
+    parser.add_argument("--only", help=f"comma-separated parts, or beginnings of them, of {', '.join(PARTS)}")
     parser.add_argument("--out", type=Path, help="the folder for the results")
+    parser.add_argument("--began", type=float, help=argparse.SUPPRESS)  # of the process that does the work
     options = parser.parse_args()
-    chosen = options.only.split(",") if options.only else list(PARTS)
-    if unknown := set(chosen) - set(PARTS):
-        parser.error(f"no such part: {', '.join(sorted(unknown))}")
-    if not TINY and not torch.cuda.is_available():
-        parser.error("there is no GPU here: `--tiny` shows on the CPU that the script works")
+    wanted = options.only.split(",") if options.only else [""]
+    chosen = [name for name in PARTS if name.startswith(tuple(wanted))]
+    if unknown := [each for each in wanted if not any(name.startswith(each) for name in PARTS)]:
+        parser.error(f"no such part: {', '.join(unknown)}")
     folder = options.out or (HERE.parent / "outputs/benchmarks" if TINY else HERE)
+    if options.began is not None:
+        return _work(chosen, folder, options.began)
     folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    machine = measure.machine(DEVICE)
-    results: Record = {"machine": machine, "commit": measure.commit(), "complete": False, "parts": {}}
+    results = _supervise(chosen, folder)
+    if "machine" not in results:
+        return 1
+    print(markdown(results))
+    return 1 if any("failed" in record for record in results["parts"].values()) else 0
+
+
+def _supervise(chosen: list[str], folder: Path) -> Record:
+    """Has other processes do the work, each for what the one before has left."""
+    began = time.time()
+    results: Record = {"parts": {}}
+    while remaining := [name for name in chosen if name not in results["parts"]]:
+        command = [sys.executable, __file__, "--only", ",".join(remaining), "--out", str(folder)]
+        command += ["--began", repr(began), *["--tiny"] * TINY]
+        process = subprocess.Popen(command, start_new_session=True)  # its tests end with it
+        try:
+            process.wait(max(1.0, began + END - time.time()))
+            reason = f"its process ended with status {process.returncode}"
+        except subprocess.TimeoutExpired:
+            reason = f"{END:.0f} s had passed"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        before, results = len(results["parts"]), _known(folder, began)
+        if (broken := results.pop("under way", None)) is not None:
+            results["parts"][broken] = {"failed": reason}
+            _report(results, folder, began)
+        if time.time() - began > END:
+            break
+        if broken is None and len(results["parts"]) == before:
+            print(f"nothing can be measured: {reason}", flush=True)
+            break
+    return results
+
+
+def _work(chosen: list[str], folder: Path, began: float) -> int:
+    global _began
+    _began = began
+    if not TINY and not torch.cuda.is_available():
+        print("there is no GPU here: `--tiny` shows on the CPU that the script works")
+        return 2
+    results = _known(folder, began)
+    results.setdefault("machine", measure.machine(DEVICE))
+    results.setdefault("commit", os.environ.get("COMMIT") or measure.commit())
     for name in chosen:
-        elapsed = time.perf_counter() - start
+        elapsed = time.time() - began
         if elapsed > LIMIT:
             results["parts"][name] = {"skipped": f"{elapsed:.0f} s had passed"}
+            _report(results, folder, began)
             continue
         print(f"{name} …", flush=True)
+        _report(results | {"under way": name}, folder, began)
         try:
             results["parts"][name] = PARTS[name]()
         except Exception:
             results["parts"][name] = {"failed": traceback.format_exc()[-3000:]}
             print(results["parts"][name]["failed"], flush=True)
-            _free()
-        results["seconds"] = round(time.perf_counter() - start, 1)
-        print(f"{name}: {time.perf_counter() - start - elapsed:.1f} s", flush=True)
-        _write(folder / "results-gpu.json", json.dumps(results, indent=1) + "\n")
-    results["complete"] = chosen == list(PARTS)
-    text = markdown(results)
+        print(f"{name}: {time.time() - began - elapsed:.1f} s", flush=True)
+        _report(results, folder, began)
+        if "failed" in results["parts"][name]:
+            synchronize(DEVICE)  # raises if the GPU can't be used any more by this process
+        _free()
+    return 0
+
+
+def _known(folder: Path, began: float) -> Record:
+    """What this run has measured so far."""
+    file = folder / "results-gpu.json"
+    known: Record = json.loads(file.read_text()) if file.exists() else {}
+    return known if known.get("began") == began else {"began": began, "parts": {}}
+
+
+def _report(results: Record, folder: Path, began: float) -> None:
+    results["seconds"] = round(time.time() - began, 1)
     _write(folder / "results-gpu.json", json.dumps(results, indent=1) + "\n")
-    _write(folder / "RESULTS-GPU.md", text)
-    print(text)
-    return 1 if any("failed" in record for record in results["parts"].values()) else 0
+    if results["parts"]:
+        _write(folder / "RESULTS-GPU.md", markdown(results))
 
 
 def _write(path: Path, text: str) -> None:
@@ -465,9 +568,11 @@ def _write(path: Path, text: str) -> None:
 def markdown(results: Record) -> str:
     parts, machine = results["parts"], results["machine"]
     where = machine.get("gpu", f"{machine['cpu']}, with Triton's interpreter: the times mean nothing")
+    missing = [name for name in PARTS if name not in parts]
     lines = [
         "# On a GPU",
         "",
+        *([f"**Not measured: {', '.join(missing)}.**", ""] if missing else []),
         f"{where}; torch {machine['torch']}; commit {results['commit']}; {results['seconds']:.0f} s. Written "
         "by `make gpu`; [results-gpu.json](results-gpu.json) has all measurements.",
         "",
@@ -486,7 +591,7 @@ def markdown(results: Record) -> str:
             lines += ["```", str(reason).strip(), "```"]
             continue
         try:
-            lines += _TABLES[name](record)
+            lines += _TABLES[name.split()[0]](record)
         except Exception as error:
             lines.append(f"(no table: {error!r})")
     return "\n".join(lines) + "\n"
@@ -505,7 +610,8 @@ def _measured(bar: str, parts: Record) -> tuple[str, bool]:
     if bar == "memory":
         share = parts["engine"]["memory"] / parts["engine"]["bytes"]
         return f"{share:.1%}", share <= 0.12
-    differ = sum(max(of_dtype["differ"].values()) for of_dtype in parts["exactness"].values())
+    found = [parts[f"exactness {_name(dtype)}"]["differ"] for dtype in DTYPES]
+    differ = sum(max(counts.values()) for counts in found)
     return f"{differ} elements", differ == 0
 
 
@@ -533,11 +639,11 @@ def _engine_table(record: Record) -> list[str]:
 
 
 def _exactness_table(record: Record) -> list[str]:
-    lines = ["| dtype | elements | differ after so many cycles |", "|---|---|---|"]
-    for dtype, found in record.items():
-        differ = ", ".join(f"{cycles}: {count}" for cycles, count in found["differ"].items())
-        lines.append(f"| {dtype} | {found['elements']:,} | {differ} |")
-    return lines
+    differ = ", ".join(f"{count} after {cycles}" for cycles, count in record["differ"].items())
+    return [
+        f"Of {record['elements']:,} elements differ, after so many cycles: {differ}. Held: "
+        f"{record['held']:.1%} of the weights. {record['seconds']:.1f} s."
+    ]
 
 
 def _statistics_table(record: Record) -> list[str]:
@@ -564,7 +670,7 @@ def _steps_table(record: Record) -> list[str]:
     for name, values in record["seconds"].items():
         memory = record["memory"].get(name, math.nan) / 1e9
         lines.append(f"| {name} | {_median(values):.3f} | {ratio(values, plain):.3f} | {memory:.2f} |")
-    return lines
+    return lines + [f"\nLeft out: {name}: {reason}" for name, reason in record["left out"].items()]
 
 
 def _plain_table(record: Record) -> list[str]:
@@ -588,10 +694,6 @@ _TABLES: dict[str, Callable[[Record], list[str]]] = {
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _median(values: list[float]) -> float:

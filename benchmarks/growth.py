@@ -20,29 +20,28 @@ ACCUMULATION = "micro-batches per step"
 Work = Callable[[], float | None]
 
 
-def run(device: str, quick: bool) -> list[dict[str, Any]]:
+def run(quick: bool) -> list[dict[str, Any]]:
     width = 512 if quick else 2048
     sizes = [256, 512, 1024] if quick else [1024, 2048, 4096, 8192]
     axes: dict[str, tuple[list[int], Callable[[int, str], Work]]] = {
-        SIZE: (sizes, lambda n, noise: _cycle([(n, n)], noise, device)),
-        LAYERS: ([1, 4, 16, 64], lambda n, noise: _cycle([(512, 512)] * n, noise, device)),
-        RANKS: ([4, 8, 16, 32, 64], lambda n, noise: _cycle([(width, width)] * 2, noise, device, rank=n)),
-        ACCUMULATION: ([1, 2, 4, 8], lambda n, noise: _accumulation(n, width, noise, device)),
+        SIZE: (sizes, lambda n, noise: _cycle([(n, n)], noise)),
+        LAYERS: ([1, 4, 16, 64], lambda n, noise: _cycle([(512, 512)] * n, noise)),
+        RANKS: ([4, 8, 16, 32, 64], lambda n, noise: _cycle([(width, width)] * 2, noise, rank=n)),
+        ACCUMULATION: ([1, 2, 4, 8], lambda n, noise: _accumulation(n, width, noise)),
+        THREADS: ([1, 2], lambda n, noise: _on_threads(n, _cycle([(width, width)] * 2, noise))),
     }
-    if device == "cpu":
-        axes[THREADS] = [1, 2], lambda n, noise: _on_threads(n, _cycle([(width, width)] * 2, noise, device))
     records = []
     for axis, (values, build) in axes.items():
         for noise in ("gaussian", "table"):
             print(f"  {axis}, {noise}", flush=True)
             variants = {str(value): build(value, noise) for value in values}
-            seconds = interleave(variants, 3 if quick else 9, device)
+            seconds = interleave(variants, 3 if quick else 9, "cpu")
             records.append({"axis": axis, "noise": noise, "seconds": seconds})
     return records
 
 
-def _cycle(shapes: list[tuple[int, int]], noise: str, device: str, **adapter: int) -> Cycle:
-    return ours(stack(shapes, device=device, **adapter), noise=noise)  # type: ignore[arg-type]
+def _cycle(shapes: list[tuple[int, int]], noise: str, **adapter: int) -> Cycle:
+    return ours(stack(shapes, **adapter), noise=noise)  # type: ignore[arg-type]
 
 
 def _on_threads(threads: int, cycle: Cycle) -> Work:
@@ -53,11 +52,11 @@ def _on_threads(threads: int, cycle: Cycle) -> Work:
     return work
 
 
-def _accumulation(micro_batches: int, width: int, noise: str, device: str) -> Work:
+def _accumulation(micro_batches: int, width: int, noise: str) -> Work:
     """The time spent on noise, not on the model, in one optimizer step of the automatic style."""
-    model = stack([(width, width)] * 2, device=device)
+    model = stack([(width, width)] * 2)
     optimizer = flatlora(model, noise=noise, auto=True)
-    x = torch.randn(4, width, device=device)
+    x = torch.randn(4, width)
 
     def work() -> float:
         before = optimizer.metrics()["seconds"]

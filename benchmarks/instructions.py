@@ -45,16 +45,18 @@ def compiled(kernel: str, dtype: str, capability: int, regular: bool = False) ->
         "counts": "*i32",
     }
     flags = {"DTYPE": DTYPES[dtype], "KEEP": jit.JOURNAL, "REGULAR": regular, "TILE": kernels.TILE}
-    options = dict(kernels._EXACT)
+    options = kernels._EXACT | {"num_warps": kernels.WARPS}
     if kernel == "perturb":
-        arguments, constants = where | words | journal | {"control": "*i64"}, flags | {"BITS": bits}
+        arguments = where | words | journal | {"control": "*i64"}
+        constants = flags | {"BITS": bits, "THREADS": 32 * kernels.WARPS}
     elif kernel == "restore":
         arguments, constants = where | words | journal, flags
     elif kernel == "norms":
-        arguments = {"table": "*i64", "entries": "*i32", "factors": "*fp32", "out": "*fp32"}
+        arguments = {"table": "*i64", "entries": "*i32", "terms": "*i64", "factors": "*fp32", "out": "*fp32"}
         constants = {"DTYPE": DTYPES[dtype], "LEFT": tl.float32, "RIGHT": tl.float32, "FACTORS": tl.bfloat16}
-        constants |= {"RANK": 16, "IS_ONE": regular, "TRANSPOSED": False, "ROWS": 64, "COLUMNS": 64}
-        options = {}
+        constants |= {"RANK": 16, "IS_ONE": regular, "TRANSPOSED": False}
+        constants |= {"ROWS": kernels._ROWS, "COLUMNS": kernels._COLUMNS}
+        options = {"num_warps": kernels._NORM_WARPS}
     elif kernel == "checksum":
         arguments, constants, options = {"table": "*i64", "out": "*i64"}, {}, {"num_warps": 1}
     else:
@@ -78,9 +80,11 @@ def instructions(binary: Any) -> list[str]:
 
 def per_element(kernel: str, dtype: str, capability: int) -> float:
     """Instructions that a thread executes for each element of a weight."""
-    elements = 64 * 64 if kernel == "norms" else kernels.TILE
+    elements, warps = kernels.TILE, kernels.WARPS
+    if kernel == "norms":
+        elements, warps = kernels._ROWS * kernels._COLUMNS, kernels._NORM_WARPS
     found = instructions(compiled(kernel, dtype, capability, regular=True))
-    return len(found) * jit.THREADS.value / elements
+    return len(found) * 32 * warps / elements
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Runs the benchmarks and writes RESULTS.md.
+"""Runs the benchmarks of the CPU and writes RESULTS.md. (``gpu.py`` measures a GPU.)
 
 python benchmarks/run.py                  # all of it, under 15 minutes on two quiet cores
 python benchmarks/run.py --quick          # a minute; shows that it works, not how fast
@@ -37,14 +37,14 @@ def main() -> None:
     folder = HERE.parent / "outputs/benchmarks" if options.quick else HERE
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "results.json"
-    results = _known(file, measure.machine(options.device))
+    results = _known(file, measure.machine("cpu"))
     for name in options.only:
         print(f"{name} …", flush=True)
         results["load"][name] = measure.load_average()
         results["commit"][name] = measure.commit()
         start = time.perf_counter()
         with torch.random.fork_rng():
-            results["parts"][name] = PARTS[name](options.device, options.quick)
+            results["parts"][name] = PARTS[name](options.quick)
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
         file.write_text(json.dumps(results, indent=1) + "\n")
     text = report.markdown(results)
@@ -60,7 +60,6 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="small shapes and few rounds, into outputs/")
     parser.add_argument("--only", help=f"comma-separated parts of {','.join(PARTS)}")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args()
     options.only = options.only.split(",") if options.only else list(PARTS)
     if unknown := set(options.only) - set(PARTS):

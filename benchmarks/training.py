@@ -34,9 +34,8 @@ Gradient = Callable[[], None]
 Step = Callable[[Gradient], None]
 
 
-def run(device: str, quick: bool) -> list[dict[str, Any]]:
+def run(quick: bool) -> list[dict[str, Any]]:
     base = _tiny() if quick else smollm2()
-    base = base.to(device)
     name = "2 layers of SmolLM2-135M" if quick else "SmolLM2-135M"
     half = with_lora(copy.deepcopy(base).to(torch.bfloat16))
     packed = with_lora(in_nf4(copy.deepcopy(base)))
@@ -45,20 +44,20 @@ def run(device: str, quick: bool) -> list[dict[str, Any]]:
     plan = [(model, 32, 2), (half, 32, 0), (packed, 32, 2)]
     if not quick:
         plan = [(model, 256, 4), (model, 1024, 4), (half, 16, 0), (packed, 256, 8), (packed, 1024, 4)]
-    return [{"model": name, **_measure(m, tokens, rounds, device)} for m, tokens, rounds in plan]
+    return [{"model": name, **_measure(m, tokens, rounds)} for m, tokens, rounds in plan]
 
 
-def _measure(model: nn.Module, tokens: int, rounds: int, device: str) -> dict[str, Any]:
+def _measure(model: nn.Module, tokens: int, rounds: int) -> dict[str, Any]:
     is_packed = any(hasattr(p, "quant_state") for p in model.parameters())
     frozen = next(p for p in model.parameters() if not p.requires_grad)
     dtype = NF4 if is_packed else str(frozen.dtype).removeprefix("torch.")
     print(f"  {tokens} tokens, {dtype}", flush=True)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, 40000, (1, tokens), generator=generator).to(device)
+    ids = torch.randint(1000, 40000, (1, tokens), generator=generator)
     steps: dict[str, Callable[[], None]] = {}
     memory: dict[str, int] = {}
     for variant, build in VARIANTS.items():
-        if ("table" in variant and device != "cpu") or (is_packed and variant not in _FOR_NF4):
+        if is_packed and variant not in _FOR_NF4:
             continue
         own = copy.deepcopy(model) if is_packed else twin(model)
 
@@ -69,14 +68,14 @@ def _measure(model: nn.Module, tokens: int, rounds: int, device: str) -> dict[st
             steps[variant] = lambda: step(lambda: own(input_ids=ids, labels=ids).loss.backward())
             steps[variant]()
 
-        memory[variant] = peak_memory(first_step, device)
+        memory[variant] = peak_memory(first_step, "cpu")
     return {
         "tokens": tokens,
         "dtype": dtype,
         "bytes": frozen_bytes(model),
         "largest": max(a.weight.numel() * a.weight.element_size() for a in adapted_weights(model)),
         "memory": memory,
-        "seconds": interleave(steps, rounds, device) if rounds else {},
+        "seconds": interleave(steps, rounds, "cpu") if rounds else {},
     }
 
 

@@ -21,8 +21,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from flatlora_optim import FlatLoRAOptimizer, NoiseTable
 from flatlora_optim.kernels import checksums, has_triton, kernels_of, native, part, plain
@@ -206,19 +208,62 @@ def test_several_blocks_of_a_shard() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(("dtype", "bar"), [(torch.bfloat16, 0.12), (torch.float32, 0.12)])
-def test_the_memory_of_the_journal(dtype: torch.dtype, bar: float) -> None:
+@pytest.mark.parametrize("keep", [Keep.JOURNAL, Keep.NOTHING])
+def test_experts_that_are_stored_transposed(keep: Keep) -> None:
     from flatlora_optim.kernels import triton as kernels
 
-    weight = (torch.randn(64, 1024) * 0.02).to(dtype)
-    scales = weight.float().norm(dim=1) * 0.05 / 1024**0.5
-    noise = Noise(GaussianNoise(), NoiseKey(1, 1), Grid(64, 1024, "cpu"), scales)
-    _, parts = parts_of(kernels, [weight], [noise], Keep.JOURNAL)
+    grid = Grid(3 * 60, 70, "cpu", 5, group=60)
+    clean, noise = (
+        torch.randn(3 * 60, 70),
+        Noise(GaussianNoise(), NoiseKey(0, 0), grid, torch.rand(3 * 70), 1),
+    )
+    assert kernels.takes(noise, clean)
+    expected = clean.clone()
+    for lo, hi in grid.spans(len(clean)):
+        plain.Part(expected[lo:hi], noise, lo, hi, Keep.NOTHING).perturb()
+    (weight,), parts = parts_of(kernels, [clean], [noise], keep)
     kernels.Part.perturb_all(parts)
-    # Of a large weight, what is reserved beyond the share counts for nothing.
-    reserved = parts[0].memory.share - 2 * kernels.TILE * (2 + weight.element_size())
-    assert 0.05 < reserved / (weight.numel() * weight.element_size()) <= bar
-    assert parts[0].memory._wanted <= weight.numel() * kernels._ROOM[weight.element_size()]
+    assert torch.equal(weight, expected)
+    kernels.Part.restore_all(parts)
+    assert keep is Keep.NOTHING or torch.equal(weight, clean)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_memory_of_the_journal(dtype: torch.dtype) -> None:
+    from flatlora_optim.kernels import triton as kernels
+
+    weight = (torch.randn(24, 1024) * 0.02).to(dtype)
+    scales = weight.float().norm(dim=1) * 0.05 / 1024**0.5
+    _, parts = parts_of(kernels, [weight], [None], Keep.JOURNAL)
+    for step in range(3):  # sigma stays what it is: there is room enough from the first step on
+        parts[0].noise = Noise(GaussianNoise(), NoiseKey(1, step), Grid(24, 1024, "cpu"), scales)
+        kernels.Part.perturb_all(parts)
+        # Of a large weight, what is reserved beyond the share counts for nothing.
+        reserved = parts[0].memory.share - 2 * kernels.TILE * (2 + weight.element_size())
+        assert 0.05 < reserved / (weight.numel() * weight.element_size()) <= 0.12
+        assert parts[0].memory._wanted <= weight.numel() * kernels._ROOM[weight.element_size()]
+        kernels.Part.restore_all(parts)
+
+
+@interpreted
+def test_the_room_grows_with_sigma_before_it_is_too_small() -> None:
+    from flatlora_optim.kernels import triton as kernels
+
+    clean, noises = weights_and_noises(torch.bfloat16, [(3, 700)], 0, 0, 0, 0.02)
+    _, (part_,) = parts_of(kernels, clean, noises, Keep.JOURNAL)
+    kernels.Part.perturb_all([part_])
+    memory, rooms, wanted = part_.memory, [], 0
+    memory._numel = 1 << 20
+    memory._expect(20_000, 0, 0)
+    for step in range(30):
+        wanted = int(20_000 * 1.1**step)
+        memory._reserve()
+        rooms.append(len(memory._positions))
+        assert rooms[-1] >= wanted
+        memory._expect(wanted, 0, 0)
+    assert 3 < len(set(rooms)) < 12
+    assert rooms[-1] < 1.5 * wanted
 
 
 # ---------------------------------------------------------------------- too little room
@@ -271,37 +316,50 @@ def test_later_tiles_without_room_stay_clean_and_that_is_reported_once() -> None
 
 
 @interpreted
-@pytest.mark.parametrize("rank", [1, 5, 40, 100])
-def test_the_norm_increase_of_several_weights(rank: int) -> None:
+@pytest.mark.parametrize("rank", [1, 40, 256])
+def test_the_norms_of_several_weights(rank: int) -> None:
     from flatlora_optim.kernels import triton as kernels
 
-    def product(rows: int, columns: int, row_dim: int, factors: torch.dtype) -> Product:
-        shape = (columns, rows) if row_dim else (rows, columns)
-        left, right = torch.randn(rows, rank).to(factors), torch.randn(rank, columns).to(factors)
-        return Product(torch.randn(shape).bfloat16(), left, right, 0.5, row_dim)
+    def factors(rows: int, columns: int, rank: int = rank) -> tuple[Tensor, Tensor, float]:
+        return torch.randn(rows, rank), torch.randn(columns, rank).T, 0.5
 
+    def product(rows: int, columns: int, row_dim: int, dtype: torch.dtype, others: int = 0) -> Product:
+        shape = (columns, rows) if row_dim else (rows, columns)
+        terms = [factors(rows, columns), *[factors(rows, columns, 3) for _ in range(others)]]
+        (left, right, scaling), *more = [(b.to(dtype), a.to(dtype), scaling) for b, a, scaling in terms]
+        return Product(torch.randn(shape).bfloat16(), left, right, scaling, row_dim, tuple(more))
+
+    experts = [torch.randn(3, 20, rank), torch.randn(3, rank, 7)]
     products = [
         product(70, 90, 0, torch.float32),
         product(70, 90, 1, torch.float32),
-        product(3, 130, 0, torch.float32),
+        product(3, 130, 0, torch.float32, others=2),
         product(20, 5, 0, torch.bfloat16),
+        Product(torch.randn(3 * 20, 7).bfloat16(), *experts, 2.0),
+        Product(torch.randn(3 * 7, 20).bfloat16(), *experts, 2.0, 1),
     ]
-    for found, each in zip(kernels.norm_increases(products), products, strict=True):
-        left, right = (factor.bfloat16().double() for factor in each.factors())
-        matrix, delta = each.matrix().double(), left @ right
-        expected = (matrix + delta).square().sum(1) - matrix.square().sum(1)
-        scale = float(matrix.norm() * delta.norm()) * 1e-6
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=scale)
+    for found, each in zip(kernels.squared_norms(products), products, strict=True):
+        expected = []
+        for left, right, scaling in each.terms:
+            left, right = (left.float() * scaling).bfloat16().double(), right.bfloat16().double()
+            expected.append(left @ right)
+        delta = sum(expected)
+        matrix = each.weight.double().view(*delta.shape[:-2], -1, each.weight.shape[1])
+        merged = (matrix.mT if each.row_dim else matrix) + delta
+        torch.testing.assert_close(found.double(), merged.square().sum(-1).flatten(), rtol=1e-5, atol=0)
 
 
 @interpreted
-def test_norms_of_what_the_kernel_can_not_read() -> None:
+@pytest.mark.parametrize("kind", ["strided", "factors of two dtypes"])
+def test_norms_of_what_the_kernel_can_not_read(kind: str) -> None:
     from flatlora_optim.kernels import triton as kernels
 
-    weight = torch.randn(20, 30)[:, ::2].double()
-    product = Product(weight, torch.randn(20, 3), torch.randn(3, 15))
-    (found,) = kernels.norm_increases([product])
-    torch.testing.assert_close(found, plain.norm_increase(product))
+    weight, factors = torch.randn(20, 15), (torch.randn(20, 3), torch.randn(3, 15), 1.0)
+    product = Product(weight, *factors, 0, ((factors[0].bfloat16(), factors[1], 2.0),))
+    if kind == "strided":
+        product = Product(torch.randn(20, 30)[:, ::2].double(), *factors)
+    (found,) = kernels.squared_norms([product])
+    torch.testing.assert_close(found, *plain.squared_norms([product]))
 
 
 @interpreted
@@ -346,6 +404,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
     from flatlora_optim.kernels import jit
     from flatlora_optim.kernels import triton as kernels
     from flatlora_optim.perturbation import states
+    from flatlora_optim.targets import scales
 
     counter = Counter()
 
@@ -367,7 +426,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
             return launch
 
     with monkeypatch.context() as patch:
-        for module in (kernels, checksums, states):
+        for module in (kernels, scales, checksums, states):
             patch.setattr(module, "read", read)
         for name in ("perturb_kernel", "restore_kernel", "norms_kernel", "checksum_kernel", "fill_kernel"):
             patch.setattr(jit, name, Launched(name, getattr(jit, name)))
@@ -375,39 +434,66 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
             yield counter
 
 
-@interpreted
-@pytest.mark.parametrize("layers", [2, 9])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_launches_do_not_grow_with_the_number_of_weights_and_nothing_waits(
-    layers: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from peft import LoraConfig, get_peft_model
+class Experts(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(shape))
 
-    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(layers)])
+
+LAYERS: dict[str, Any] = {
+    "linear": lambda: nn.Linear(6, 8),
+    "linear, two adapters": lambda: nn.Linear(6, 8),
+    "Conv1D": lambda: Conv1D(8, 6),
+    "convolution": lambda: nn.Conv2d(3, 8, 3),
+    "embedding": lambda: nn.Embedding(9, 6),
+    "experts": lambda: Experts(3, 6, 8),
+}
+
+
+def adapted(kind: str, layers: int) -> nn.Module:
+    """So many layers with LoRA on each."""
     names = [str(i) for i in range(layers)]
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=names), autocast_adapter_dtype=False).to(
-        dtype
-    )
-    optimizer = flatlora(model)
-    before = fingerprint(model)
-    optimizer.perturb()  # the first one makes tables
-    optimizer.step()
-    with counted(monkeypatch) as perturbing:
-        optimizer.perturb()
-    with counted(monkeypatch) as restoring:
-        optimizer.restore()
-    assert sorted(name for name in perturbing.operations if name.endswith("kernel")) == [
-        "checksum_kernel",
-        "norms_kernel",
-        "perturb_kernel",
-    ]
-    assert len(perturbing.operations) <= 16, perturbing.operations
-    assert not perturbing.waits
-    assert len(restoring.operations) <= 16, restoring.operations
-    assert restoring.operations.count("restore_kernel") == 1
-    assert len(restoring.waits) <= 1
-    assert fingerprint(model).keys() == before.keys()
-    assert all(torch.equal(now, before[name]) for name, now in fingerprint(model).items())
+    where: dict[str, Any] = {"target_modules": names}
+    if kind == "experts":
+        where = {"target_modules": [], "target_parameters": [f"{name}.experts" for name in names]}
+    config = LoraConfig(r=2, init_lora_weights=False, fan_in_fan_out=kind == "Conv1D", **where)
+    model: Any = get_peft_model(nn.Sequential(*[LAYERS[kind]() for _ in names]), config)
+    if "two" in kind:
+        model.add_adapter("other", LoraConfig(r=3, init_lora_weights=False, **where))
+        model.base_model.set_adapter(["default", "other"])
+    return model
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("linear", torch.bfloat16), *[(kind, torch.float32) for kind in LAYERS]]
+)
+def test_launches_do_not_grow_with_the_number_of_weights_and_nothing_waits(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+    for layers in (2, 5):
+        optimizer = flatlora(model := adapted(kind, layers).to(dtype))
+        before = fingerprint(model)
+        optimizer.perturb()  # the first one makes tables
+        optimizer.step()
+        with counted(monkeypatch) as perturbing:
+            optimizer.perturb()
+        with counted(monkeypatch) as restoring:
+            optimizer.restore()
+        assert sorted(name for name in perturbing.operations if name.endswith("kernel")) == [
+            "checksum_kernel",
+            "norms_kernel",
+            "perturb_kernel",
+        ]
+        assert len(perturbing.operations) <= 16, perturbing.operations
+        assert not perturbing.waits
+        assert len(restoring.operations) <= 16, restoring.operations
+        assert restoring.operations.count("restore_kernel") == 1
+        assert restoring.waits == ["read"]
+        assert all(torch.equal(now, before[name]) for name, now in fingerprint(model).items())
+        counts.append((len(perturbing.operations), len(restoring.operations)))
+    assert counts[0] == counts[1]
 
 
 @interpreted
@@ -418,6 +504,37 @@ def test_the_metrics_wait_when_they_are_read_and_once(monkeypatch: pytest.Monkey
     with counted(monkeypatch) as counter:
         assert optimizer.metrics()["noise_norm"] > 0
     assert counter.waits == ["read"]
+
+
+@interpreted
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("noise", ["gaussian", "low_rank"])
+def test_what_a_quantized_layer_is_given_to_do(
+    noise: str, nested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(64, 32, bias=False, quant_type="nf4", compress_statistics=nested)
+    layer.support_avx512bf16_for_cpu = False
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(layer.to("cpu")), config)
+    optimizer, x = flatlora(model, noise=noise, auto=False), torch.randn(3, 64)
+    dequantized = ["dequantize_blockwise", "add_"] * nested + ["dequantize_4bit"]
+    of_adapter = ["mm", "mm", "mul", "add"]
+    expected = {
+        "gaussian": [*dequantized, "perturb_kernel", "mm", *of_adapter],
+        "low_rank": [*dequantized, "mm", "mm", "addmm_", *of_adapter],
+    }
+    with optimizer.perturbed():
+        model(x)  # the first one makes tables
+    optimizer.step()
+    with counted(monkeypatch) as perturbing:
+        optimizer.perturb()
+    with counted(monkeypatch) as counter:
+        model(x)
+    names = [name.removeprefix("bitsandbytes::") for name in counter.operations]
+    assert [name for name in names if name not in ("view", "t", "permute", "detach")] == expected[noise]
+    assert not counter.waits
+    assert perturbing.waits == ["read"]  # how far the adapters have moved
 
 
 @interpreted
@@ -491,6 +608,27 @@ def test_devices_have_launches_of_their_own(monkeypatch: pytest.MonkeyPatch) -> 
     ]
     kernels.Part.perturb_all(parts)
     assert [len(some) for some in launched] == [2, 1] * 4
+
+
+@interpreted
+def test_memory_that_another_stream_reads_is_kept_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flatlora_optim.kernels import triton as kernels
+
+    recorded: dict[int, str] = {}
+    monkeypatch.setattr(
+        Tensor, "record_stream", lambda tensor, stream: recorded.update({id(tensor): stream}), raising=False
+    )
+    clean, noises = weights_and_noises(torch.float32, [(3, 70)], 0, 0, 0, 0.02)
+    _, (part_,) = parts_of(kernels, clean, noises, Keep.JOURNAL)
+    monkeypatch.setattr(kernels, "_stream", lambda device: "first")
+    kernels.Part.perturb_all([part_])
+    assert not recorded
+    monkeypatch.setattr(kernels, "_stream", lambda device: "second")
+    kernels.Part.restore_all([part_])
+    memory = part_.memory
+    tables = memory._table, memory._entries, memory._scales
+    journal = memory._positions, memory._originals, memory._starts, memory._counts
+    assert recorded == {id(tensor): "second" for tensor in (*tables, *journal)}
 
 
 @interpreted

@@ -146,7 +146,7 @@ def test_a_block_has_the_bits_of_torch_operations_and_comes_back(
     columns=st.sampled_from([1, 15, 16, 32, 513, 1100, 5000]),
     rank=st.sampled_from([1, 2, 7, 16, 17, 64]),
 )
-def test_the_norm_increase_is_that_of_a_matrix_product(
+def test_the_norms_are_those_of_a_matrix_product(
     dtype: torch.dtype, rows: int, columns: int, rank: int
 ) -> None:
     matrix, left, right = (
@@ -161,9 +161,9 @@ def test_the_norm_increase_is_that_of_a_matrix_product(
                 each.to(torch.bfloat16 if rounds else torch.float32).double() for each in (left, right)
             ]
             delta = factors[0] @ factors[1]
-            expected = (matrix.double() + delta).square().sum(1) - matrix.double().square().sum(1)
+            expected = (matrix.double() + delta).square().sum(1)
             scale = float(matrix.double().norm() * delta.norm()) * 1e-6
-            (found,) = kernels.norm_increases([Product(stored, left, right)])
+            (found,) = kernels.squared_norms([Product(stored, left, right)])
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=scale)
 
 
@@ -173,7 +173,7 @@ def test_factors_between_two_numbers_of_bfloat16_are_rounded_to_the_even_one() -
     factors = torch.ones(1, 1), halfway[None, :]
     for left, right in (factors, tuple(factor.T for factor in reversed(factors))):
         matrix = torch.zeros(left.shape[0], right.shape[1])
-        (found,) = native.norm_increases([Product(matrix, left, right)])
+        (found,) = native.squared_norms([Product(matrix, left, right)])
         expected = (left.bfloat16().double() @ right.bfloat16().double()).square().sum(1)
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
 
@@ -184,7 +184,7 @@ def test_factors_between_two_numbers_of_bfloat16_are_rounded_to_the_even_one() -
 def test_a_weight_that_is_not_finite_has_no_finite_norm(dtype: torch.dtype, value: float) -> None:
     matrix = torch.randn(6, 50).to(dtype)
     matrix[2, 7] = matrix[5, 49] = value
-    (found,) = native.norm_increases([Product(matrix, torch.ones(6, 3), torch.ones(3, 50))])
+    (found,) = native.squared_norms([Product(matrix, torch.ones(6, 3), torch.ones(3, 50))])
     assert found.isfinite().tolist() == [True, True, False, True, True, False]
 
 
@@ -225,14 +225,14 @@ def test_each_sampled_element_counts(kernels: Any, dtype: torch.dtype, numel: in
 
 @needs_compiler
 @pytest.mark.parametrize("rank", [1, 3])
-def test_the_norm_increase_knows_nothing_of_the_product_before(rank: int) -> None:
+def test_the_norms_know_nothing_of_the_product_before(rank: int) -> None:
     matrix, left, right = torch.randn(6, 40), torch.randn(6, rank), torch.randn(rank, 40)
-    (expected,) = native.norm_increases([Product(matrix, left, right)])
+    (expected,) = native.squared_norms([Product(matrix, left, right)])
     for value in (math.nan, math.inf):
-        native.norm_increases(
+        native.squared_norms(
             [Product(matrix, torch.full((6, rank + 1), value), torch.full((rank + 1, 40), value))]
         )
-        (found,) = native.norm_increases([Product(matrix, left, right)])
+        (found,) = native.squared_norms([Product(matrix, left, right)])
         assert torch.equal(found, expected)
 
 
@@ -252,7 +252,7 @@ def test_the_numbers_are_the_same_with_any_vectors(
 
     def numbers() -> list[Tensor]:
         filled = [native.fill(torch.empty(5000), NoiseKey(0, step), 1) for step in range(50)]
-        return filled + native.norm_increases(products)
+        return filled + native.squared_norms(products)
 
     expected = numbers()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -569,7 +569,7 @@ def test_an_assembler_that_knows_no_pairs_is_no_obstacle(
     fresh_build: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     product = Product(torch.randn(5, 70), torch.randn(5, 3), torch.randn(3, 70))
-    (expected,) = native.norm_increases([product])
+    (expected,) = native.squared_norms([product])
     older = fresh_build / "cc"
     older.write_text(
         '#!/bin/sh\ncase "$*" in\n'
@@ -580,7 +580,7 @@ def test_an_assembler_that_knows_no_pairs_is_no_obstacle(
     monkeypatch.setenv("CC", str(older))
     build.library_or_none.cache_clear()
     assert native.is_available()
-    (found,) = native.norm_increases([product])
+    (found,) = native.squared_norms([product])
     assert torch.equal(found, expected)
 
 

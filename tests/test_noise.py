@@ -29,7 +29,6 @@ from flatlora_optim.kernels.part import Keep
 from flatlora_optim.noise import GaussianNoise, Noise, NoiseKey
 from flatlora_optim.noise.key import _mix32, _mix64
 from flatlora_optim.targets.scales import RowNorms, merged_norms, row_scales
-from flatlora_optim.targets.weights import FrozenWeight
 from helpers import (
     ConvNet,
     OwnLoRA,
@@ -201,22 +200,15 @@ def test_the_strength_follows_new_base_weights() -> None:
         torch.testing.assert_close(eps[:, 0], expected[name], rtol=1e-4, atol=0)
 
 
-def test_norms_of_frozen_weights_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    computed: list[str] = []
-    row_norms_squared = FrozenWeight.row_norms_squared
-
-    def noted(weight: FrozenWeight) -> Tensor:
-        computed.append(weight.kind)
-        return row_norms_squared(weight)
-
-    monkeypatch.setattr(FrozenWeight, "row_norms_squared", noted)
-    model = lora_mlp()
-    optimizer = flatlora(model)
-    for _ in range(3):
-        with optimizer.perturbed(), optimizer.clean():
-            pass
-        optimizer.step()
-    assert computed == ["dense", "dense"]
+def test_the_strength_follows_weights_that_were_written_through_their_data() -> None:
+    model = lora_mlp().double()
+    optimizer = flatlora(model, noise=Ones())
+    noise_on(model, optimizer)
+    optimizer.step()
+    model.base_model.model.fc1.base_layer.weight.data.mul_(3)
+    expected = expected_scales(model)
+    for name, eps in noise_on(model, optimizer).items():
+        torch.testing.assert_close(eps[:, 0], expected[name], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("columns", "scale"), [(0, 0.6), (1, 0.6), (4, 0.3)])

@@ -589,3 +589,19 @@ def test_a_parametrized_convolution_is_perturbed_in_the_forward() -> None:
     with optimizer.perturbed():
         assert 0.02 < (layer(x) - clean).norm() / clean.norm() < 0.5
     assert torch.equal(layer(x), clean)
+
+
+@torch.no_grad()
+def test_factors_are_seen_where_they_lie_by_now() -> None:
+    model: Any = lora_lm(targets=("embed",))
+    (target,) = find_targets(model).targets
+    layer = model.base_model.model.embed
+    a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    for write in (lambda p: p.mul_(2), lambda p: setattr(p, "data", p.data + 1)):
+        for factor in (a, b):
+            write(factor)
+            left, right, _ = target.delta()
+            assert torch.equal(left, a.T)
+            assert torch.equal(right, b.T)
+    a.data, b.data = a.data[:1], b.data[:, :1]  # a smaller rank, where they were
+    assert [factor.shape for factor in target.delta()[:2]] == [a.T.shape, b.T.shape]

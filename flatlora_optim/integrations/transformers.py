@@ -93,8 +93,8 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
             offloaded = config.get_value("zero_optimization.offload_optimizer.device", "none") != "none"
             if offloaded and config.get_value("zero_force_ds_cpu_optimizer", True):
                 raise RuntimeError(
-                    "with the optimizer offloaded, Accelerate puts DeepSpeedCPUAdam in place of the "
-                    "trainer's optimizer, and of Flat-LoRA's: write \"zero_force_ds_cpu_optimizer\": false in "
+                    "with the optimizer offloaded, Accelerate puts DeepSpeedCPUAdam in the place of the "
+                    "trainer's optimizer, and Flat-LoRA's: write \"zero_force_ds_cpu_optimizer\": false in "
                     "DeepSpeed's config"
                 )
             made = create(*args, **kwargs)

@@ -57,8 +57,8 @@ class Kernels(Protocol):
         """One number for each weight, all on one device. It changes if any of 64 elements does."""
         ...
 
-    def norm_increases(self, products: Sequence[Product]) -> list[Tensor]:
-        """``||(W + scaling * left @ right)[i]||^2 - ||W[i]||^2`` of each, shape ``(m,)``, float32.
+    def squared_norms(self, products: Sequence[Product]) -> list[Tensor]:
+        """``||(W + scaling * left @ right)[i]||^2`` of each, shape ``(m,)``, float32.
 
         The weights are on one device and are read once. Native code and Triton round both factors to
         bfloat16.

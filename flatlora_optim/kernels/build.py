@@ -160,7 +160,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "clean": (pointer, pointer),
         "forget": (pointer,),
         "checksum": (pointer, size, size, size),
-        "norm_increases": (pointer,),
+        "squared_norms": (pointer,),
         "norm_room": (size,),
     }
     for name, argtypes in signatures.items():

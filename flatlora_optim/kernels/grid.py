@@ -47,7 +47,7 @@ class Grid(NamedTuple):
         Args:
             blocks: How many blocks to keep together.
         """
-        spans, lo, rows = [], 0, (1 if self.group else blocks) * self.rows_per_block
+        spans, lo, rows = [], 0, blocks * self.rows_per_block
         while lo < local_rows:
             hi = min(local_rows, ((lo + self.first_row) // rows + 1) * rows - self.first_row)
             spans.append((lo, hi))

@@ -19,7 +19,7 @@ from .threads import interprets_triton
 INTERPRETED = tl.constexpr(interprets_triton())
 
 FIELDS = tl.constexpr(13)
-"""Numbers per weight in the table: see ``_located``."""
+"""Numbers per weight in the table: see ``_description`` in ``triton``."""
 
 NOTHING, JOURNAL, COPY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """What is kept of the clean weight."""
@@ -27,8 +27,6 @@ NOTHING, JOURNAL, COPY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 CURSOR, LOST, CAPACITY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """The control block: entries that tiles have asked for, tiles that found no room, and entries that there
 is room for."""
-
-THREADS = tl.constexpr(128)
 
 _CHUNK = tl.constexpr(256)  # journal entries that are put back at once
 
@@ -186,8 +184,9 @@ def _scaled(entry, scales, z, row, start, o, lo, hi, REGULAR: tl.constexpr, TILE
         return tl.where(o < rest, one, other) * z
     place = start + o
     index = row + place // row_size
-    if tl.load(entry + 11) != 0:
-        index = (place % row_size).to(tl.int64)
+    group = tl.load(entry + 11)
+    if group != 0:
+        index = (place % row_size).to(tl.int64) + row // group * row_size
     return tl.load(scales + index, mask=(o >= lo) & (o < hi), other=0.0) * z
 
 
@@ -248,6 +247,7 @@ def _perturb(
     entry, tile, index, address, scales, key0, key1, step, replica,
     positions, originals, starts, counts, control,
     DTYPE: tl.constexpr, BITS: tl.constexpr, KEEP: tl.constexpr, REGULAR: tl.constexpr, TILE: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
     tile, number, row, shift, lo, hi = _located(entry, tile, TILE)
     place = shift + tile * TILE
@@ -306,6 +306,7 @@ def perturb_kernel(
     table, entries, first, elsewhere, scales, key0, key1, step, replica,
     positions, originals, starts, counts, control,
     DTYPE: tl.constexpr, BITS: tl.constexpr, KEEP: tl.constexpr, REGULAR: tl.constexpr, TILE: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
     """``W += eps`` in all tiles that carry no noise yet.
 
@@ -315,6 +316,7 @@ def perturb_kernel(
         elsewhere: The address of memory to write in place of the weight, or 0.
         counts: None to add the noise without a record of it.
         REGULAR: Whether all tiles are regular.
+        THREADS: Of a program.
     """
     index = tl.program_id(0) + first
     todo = index >= 0
@@ -331,12 +333,12 @@ def perturb_kernel(
         if is_regular:
             _perturb(
                 entry, tile, index, address, scales, key0, key1, step, replica,
-                positions, originals, starts, counts, control, DTYPE, BITS, KEEP, True, TILE,
+                positions, originals, starts, counts, control, DTYPE, BITS, KEEP, True, TILE, THREADS,
             )  # fmt: skip
         elif not REGULAR:
             _perturb(
                 entry, tile, index, address, scales, key0, key1, step, replica,
-                positions, originals, starts, counts, control, DTYPE, BITS, KEEP, False, TILE,
+                positions, originals, starts, counts, control, DTYPE, BITS, KEEP, False, TILE, THREADS,
             )  # fmt: skip
 
 
@@ -420,56 +422,54 @@ def _rounded_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _left(
-    entry, factor, row, rows, first, rank, FACTORS: tl.constexpr, LEFT: tl.constexpr, RANK: tl.constexpr
-):
-    """Rows of ``scaling * left``, ranks from ``first`` on."""
-    r = first + tl.arange(0, RANK)
-    at = tl.load(entry + 2).to(tl.pointer_type(LEFT))
-    at += row[:, None].to(tl.int64) * tl.load(entry + 10) + r[None, :] * tl.load(entry + 11)
-    b = tl.load(at, mask=(row[:, None] < rows) & (r[None, :] < rank), other=0.0)
-    return _rounded_to(b.to(tl.float32) * factor, FACTORS)
+def _left(term, factor, row, rows, FACTORS: tl.constexpr, LEFT: tl.constexpr, RANK: tl.constexpr):
+    """Rows of ``scaling * left``."""
+    r = tl.arange(0, RANK)
+    at = tl.load(term + 1).to(tl.pointer_type(LEFT))
+    at += row[:, None].to(tl.int64) * tl.load(term + 5) + r[None, :] * tl.load(term + 6)
+    b = tl.load(at, mask=(row[:, None] < rows) & (r[None, :] < tl.load(term + 2)), other=0.0)
+    return _rounded_to(b.to(tl.float32) * tl.load(factor), FACTORS)
 
 
 @triton.jit
-def _right(
-    entry, column, columns, first, rank, FACTORS: tl.constexpr, RIGHT: tl.constexpr, RANK: tl.constexpr
-):
-    r = first + tl.arange(0, RANK)
-    at = tl.load(entry + 1).to(tl.pointer_type(RIGHT))
-    at += r[:, None] * tl.load(entry + 8) + column[None, :].to(tl.int64) * tl.load(entry + 9)
-    a = tl.load(at, mask=(r[:, None] < rank) & (column[None, :] < columns), other=0.0)
+def _right(term, column, columns, FACTORS: tl.constexpr, RIGHT: tl.constexpr, RANK: tl.constexpr):
+    r = tl.arange(0, RANK)
+    at = tl.load(term).to(tl.pointer_type(RIGHT))
+    at += r[:, None] * tl.load(term + 3) + column[None, :].to(tl.int64) * tl.load(term + 4)
+    a = tl.load(at, mask=(r[:, None] < tl.load(term + 2)) & (column[None, :] < columns), other=0.0)
     return _rounded_to(a.to(tl.float32), FACTORS)
 
 
 @triton.jit
 def norms_kernel(
-    table, entries, factors, out,
+    table, entries, terms, factors, out,
     DTYPE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, FACTORS: tl.constexpr,
     RANK: tl.constexpr, IS_ONE: tl.constexpr, TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``out[i] = ||(W + D)[i, :]||^2 - ||W[i, :]||^2`` with ``D = scaling * left @ right``.
+    """``out[i] = ||(W + D)[i, :]||^2`` where D is the sum of some ``scaling * left @ right``.
 
-    That is the sum of ``(2 W + D) * D``, for which W is read once. Scaled ``left`` and ``right`` are
-    rounded to bfloat16, as in ``norms.c``; all else is in float32, in the same order each time.
+    W is read once. Scaled ``left`` and ``right`` are rounded to bfloat16, as in ``norms.c``; all else is in
+    float32, in the same order each time.
 
     Args:
-        table: For each weight the addresses of W, right and left; where its first tile comes; rows,
-            columns, rank and the distance between rows of W (transposed: of columns); the strides of
-            right and left; where its rows are in ``out``.
-        factors: The scalings.
-        FACTORS: The dtype to multiply in: bfloat16, or float32 where there is no such product.
-        IS_ONE: Whether all ranks are at most ``RANK``.
+        table: For each weight its address; where its first tile comes; rows, columns, and the distance
+            between rows (transposed: between columns); where its rows are in ``out``; the first of its
+            terms, and the first of the next weight.
+        terms: Up to ``RANK`` ranks each: the addresses of right and left, the number of ranks, and the
+            strides of right and left.
+        factors: The scalings of the terms.
+        FACTORS: What products are made of: bfloat16, or float32 where that can't be multiplied.
+        IS_ONE: Whether each weight has one term.
     """
     tile, which = tl.program_id(0), tl.load(entries + tl.program_id(0))
-    entry = table + which * 16
-    rows, columns = tl.load(entry + 4).to(tl.int32), tl.load(entry + 5).to(tl.int32)
-    rank, stride = tl.load(entry + 6).to(tl.int32), tl.load(entry + 7)
-    factor = tl.load(factors + which)
-    row = (tile - tl.load(entry + 3).to(tl.int32)) * ROWS + tl.arange(0, ROWS)
+    entry = table + which * 8
+    rows, columns = tl.load(entry + 2).to(tl.int32), tl.load(entry + 3).to(tl.int32)
+    stride = tl.load(entry + 4)
+    first_term, end = tl.load(entry + 6).to(tl.int32), tl.load(entry + 7).to(tl.int32)
+    row = (tile - tl.load(entry + 1).to(tl.int32)) * ROWS + tl.arange(0, ROWS)
     weight = tl.load(entry).to(tl.pointer_type(DTYPE))
-    b = _left(entry, factor, row, rows, 0, rank, FACTORS, LEFT, RANK)
+    b = _left(terms + first_term * 8, factors + first_term, row, rows, FACTORS, LEFT, RANK)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for first in range(0, columns, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
@@ -478,15 +478,16 @@ def norms_kernel(
         else:
             at = weight + row[:, None].to(tl.int64) * stride + column[None, :]
         w = tl.load(at, mask=(row[:, None] < rows) & (column[None, :] < columns), other=0.0).to(tl.float32)
-        a = _right(entry, column, columns, 0, rank, FACTORS, RIGHT, RANK)
+        a = _right(terms + first_term * 8, column, columns, FACTORS, RIGHT, RANK)
         d = tl.dot(b, a, input_precision="ieee")
         if not IS_ONE:
-            for more in range(RANK, rank, RANK):
-                c = _left(entry, factor, row, rows, more, rank, FACTORS, LEFT, RANK)
-                a = _right(entry, column, columns, more, rank, FACTORS, RIGHT, RANK)
+            for term in range(first_term + 1, end):
+                c = _left(terms + term * 8, factors + term, row, rows, FACTORS, LEFT, RANK)
+                a = _right(terms + term * 8, column, columns, FACTORS, RIGHT, RANK)
                 d = tl.dot(c, a, d, input_precision="ieee")
-        total += (2.0 * w + d) * d
-    tl.store(out + tl.load(entry + 12) + row, tl.sum(total, 1), mask=row < rows)
+        merged = w + d
+        total += merged * merged
+    tl.store(out + tl.load(entry + 5) + row, tl.sum(total, 1), mask=row < rows)
 
 
 @triton.jit

@@ -102,6 +102,7 @@ def is_available() -> bool:
 def takes(noise: Recipe, weight: Tensor) -> bool:
     return (
         noise.can_be_fused
+        and not noise.grid.group
         and (noise.is_seeded or noise.is_in_memory)
         and weight.is_contiguous()
         and weight.dtype in _FORMATS
@@ -200,7 +201,14 @@ def _write(function: str, parts: Sequence[Part], room_size: int) -> bool:
     return _share_out(function, records, [record.numel for record in records], room_size)
 
 
-def norm_increases(products: Sequence[Product]) -> list[Tensor]:
+def squared_norms(products: Sequence[Product]) -> list[Tensor]:
+    matrices = [product.matrices() for product in products]
+    norms = iter(_squared_norms([matrix for some in matrices for matrix in some]))
+    found = [[next(norms) for _ in some] for some in matrices]
+    return [some[0] if len(some) == 1 else torch.cat(some) for some in found]
+
+
+def _squared_norms(products: Sequence[Product]) -> list[Tensor]:
     # C gets addresses only: the factors must live as long as it uses them.
     factors = [_factors(products, 1), _factors(products, 2)]
     outs, tasks, sizes = [], [], []
@@ -208,7 +216,7 @@ def norm_increases(products: Sequence[Product]) -> list[Tensor]:
         matrix = product.matrix()
         (rows, columns), rank = matrix.shape, right.shape[0]
         if matrix.dtype not in _FORMATS or not matrix.is_contiguous() or rank == 0:
-            outs.append(plain.norm_increase(product))
+            outs.append(plain.squared_norms_of(product))
             continue
         out = torch.empty(rows, dtype=torch.float32, device=matrix.device)
         outs.append(out)
@@ -228,7 +236,7 @@ def norm_increases(products: Sequence[Product]) -> list[Tensor]:
             )
             sizes.append(tasks[-1].rows * columns)
     largest = max((task.rank for task in tasks), default=0)
-    _share_out("norm_increases", tasks, sizes, library().flatlora_norm_room(largest))
+    _share_out("squared_norms", tasks, sizes, library().flatlora_norm_room(largest))
     return outs
 
 

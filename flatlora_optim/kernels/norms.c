@@ -151,7 +151,7 @@ INLINE void pack_left(int paired, const Product *p, int64_t first, float *room, 
 
 /* ------------------------------------------------------------------------ norms */
 
-/* total[i] += ((2 W + D) * D)[i] with D = left @ right, for COLUMNS columns. */
+/* total[i] += (W + D)[i]^2 with D = left @ right, for COLUMNS columns. */
 INLINE void add_columns(int format, int paired, const char *const w[GROUP], const uint32_t *left, int64_t pairs,
                         const uint32_t *right, size_t next, Vector total[GROUP][LANES / WIDTH]) {
     int words = words_of(paired);
@@ -164,13 +164,14 @@ INLINE void add_columns(int format, int paired, const char *const w[GROUP], cons
         UNROLLED for (int i = 0; i < GROUP; i++) {
             const char *at = w[i] + (size_t)k * WIDTH * width_of(format);
             __builtin_prefetch(at + next, 0, 2);
-            total[i][k % (LANES / WIDTH)] += (2.0f * values_at(format, at) + delta[i][k]) * delta[i][k];
+            Vector merged = values_at(format, at) + delta[i][k];
+            total[i][k % (LANES / WIDTH)] += merged * merged;
         }
 }
 
-/* out[i] += sum_j ((2 W + D) * D)[i, j] over n columns. */
-INLINE void add_increase(int format, int paired, const char *w[GROUP], int64_t n, const uint32_t *left,
-                         int64_t pairs, const uint32_t *right, size_t next, float *out, int rows) {
+/* out[i] += sum_j (W + D)[i, j]^2 over n columns. */
+INLINE void add_squares(int format, int paired, const char *w[GROUP], int64_t n, const uint32_t *left,
+                        int64_t pairs, const uint32_t *right, size_t next, float *out, int rows) {
     Vector total[GROUP][LANES / WIDTH] = {{{0}}};
     char last[GROUP][COLUMNS * sizeof(float)];
     for (; n > 0; n -= COLUMNS, right += pairs * words_of(paired) * COLUMNS) {
@@ -184,8 +185,8 @@ INLINE void add_increase(int format, int paired, const char *w[GROUP], int64_t n
     for (int i = 0; i < rows; i++) out[i] += sum_of(total[i]);
 }
 
-/* out[i] = |(W + D)[i, :]|^2 - |W[i, :]|^2 with D = left @ right. */
-INLINE void norm_increase(int paired, const Product *p, uint32_t *room) {
+/* out[i] = |(W + D)[i, :]|^2 with D = left @ right. */
+INLINE void squared_norms(int paired, const Product *p, uint32_t *room) {
     int64_t pairs = (p->rank + 1) / 2, words = pairs * words_of(paired);
     int64_t chunk = CACHED / (2 * pairs) / MULTIPLE * MULTIPLE;
     if (chunk < MULTIPLE) chunk = MULTIPLE;
@@ -204,7 +205,7 @@ INLINE void norm_increase(int paired, const Product *p, uint32_t *room) {
             }
             int rows = (int)least(GROUP, p->rows - i);
             size_t next = (size_t)p->columns * GROUP * width_of(p->format);
-            FOR_FORMAT(p->format, add_increase, paired, w, n, left, pairs, right, next, p->out + i, rows);
+            FOR_FORMAT(p->format, add_squares, paired, w, n, left, pairs, right, next, p->out + i, rows);
         }
     }
 }
@@ -226,15 +227,15 @@ int64_t flatlora_norm_room(int64_t rank) {
 }
 
 /* The items are Products, and the rooms are for the largest rank. */
-void flatlora_norm_increases(Task *task) {
+void flatlora_squared_norms(Task *task) {
     Mode before = set_mode(STANDARD_MODE);
     int paired = has_pairs();
     uint32_t *room = room_of(task);
     int64_t left = task->most;
     for (const Product *product; (product = next_of(task, left)); left -= product->rows * product->columns)
         if (paired)
-            norm_increase(1, product, room);
+            squared_norms(1, product, room);
         else
-            norm_increase(0, product, room);
+            squared_norms(0, product, room);
     set_mode(before);
 }

@@ -19,9 +19,10 @@ blocks_at_once = 1  # so that intermediate results stay in a core's own cache
 
 class Product(NamedTuple):
     """A weight and a low-rank product ``scaling * left @ right`` on top of it, of shapes ``(m, r)`` and
-    ``(r, n)``.
+    ``(r, n)``; of experts, which lie below each other in the weight, with one more dim in front.
 
     With ``row_dim`` 1, the weight is stored transposed. All three may have any floating dtype.
+    ``more`` has further products for the same weight: ``left``, ``right`` and ``scaling`` of each.
     """
 
     weight: Tensor
@@ -29,14 +30,35 @@ class Product(NamedTuple):
     right: Tensor
     scaling: float = 1.0
     row_dim: int = 0
+    more: tuple[tuple[Tensor, Tensor, float], ...] = ()
+
+    @property
+    def terms(self) -> tuple[tuple[Tensor, Tensor, float], ...]:
+        return (self[1:4], *self.more)
+
+    @property
+    def experts(self) -> int:
+        return self.left.shape[0] if self.left.ndim == 3 else 1
 
     @property
     def rows(self) -> int:
-        return self.left.shape[0]
+        """The rows of all experts together."""
+        return self.experts * self.left.shape[-2]
 
     @property
     def columns(self) -> int:
-        return self.right.shape[1]
+        return self.right.shape[-1]
+
+    def matrices(self) -> list[Product]:
+        """One for each expert, or itself, with a single product on top."""
+        if self.left.ndim == 2 and not self.more:
+            return [self]
+        left = torch.cat([left.float() * scaling for left, _, scaling in self.terms], -1)
+        right = torch.cat([right.float() for _, right, _ in self.terms], -2)
+        if left.ndim == 2:
+            return [Product(self.weight, left, right, 1.0, self.row_dim)]
+        weights = self.weight.view(self.experts, -1, self.weight.shape[-1])
+        return [Product(*each, 1.0, self.row_dim) for each in zip(weights, left, right, strict=True)]
 
     def matrix(self) -> Tensor:
         """The weight, of shape ``(m, n)``."""
@@ -163,25 +185,18 @@ class Part(part.Part):
             raise
 
 
-def norm_increases(products: Sequence[Product]) -> list[Tensor]:
-    return [norm_increase(product) for product in products]
+def squared_norms(products: Sequence[Product]) -> list[Tensor]:
+    return [torch.cat([squared_norms_of(each) for each in product.matrices()]) for product in products]
 
 
-def norm_increase(product: Product) -> Tensor:
-    """``||(W + scaling * left @ right)[i]||^2 - ||W[i]||^2``, shape ``(m,)``, float32."""
+def squared_norms_of(product: Product) -> Tensor:
+    """``||(W + scaling * left @ right)[i]||^2``, shape ``(m,)``, float32, of one matrix."""
     matrix, (left, right) = product.matrix(), product.factors()
     out = torch.empty(len(matrix), dtype=torch.float32, device=matrix.device)
     for rows in row_chunks(matrix):
-        values = matrix[rows]
-        if values.dtype != torch.float32:
-            values = scratch("values", values.shape, torch.float32, values.device).copy_(values)
-        out[rows] = increase_of_projected(torch.mm(values, right.T), left[rows], right)
+        values = scratch("values", matrix[rows].shape, torch.float32, matrix.device).copy_(matrix[rows])
+        out[rows] = values.addmm_(left[rows], right).square_().sum(1)
     return out
-
-
-def increase_of_projected(projected: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``norm_increase`` from ``projected = W @ right.T``."""
-    return ((2 * projected + left @ (right @ right.T)) * left).sum(1)
 
 
 def row_chunks(matrix: Tensor) -> list[slice]:

@@ -36,7 +36,10 @@ blocks_at_once = 1 << 40  # a weight is one part
 TILE = 4096
 """Elements per program. A position within a tile fits the 16 bits that the journal has for it."""
 
-_ROWS, _COLUMNS, _MOST_RANKS = 64, 64, 64  # of the product in one program
+WARPS = 4
+"""Warps of a program that makes noise."""
+
+_ROWS, _COLUMNS, _MOST_RANKS, _NORM_WARPS = 64, 64, 64, 4  # of the product in one program
 
 _ROOM = {2: 1 / 18, 4: 1 / 13}
 """Journal entries per element that there is room for at first, by the size of an element: what noise of
@@ -49,7 +52,7 @@ _KEEP = {Keep.NOTHING: jit.NOTHING, Keep.JOURNAL: jit.JOURNAL, Keep.COPY: jit.CO
 
 # If `z * scale + w` were contracted into one rounding, a restore would miss other elements than the
 # journal has.
-_EXACT: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": jit.THREADS.value // 32}
+_EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
 
 def takes(noise: Recipe, weight: Tensor) -> bool:
@@ -60,7 +63,9 @@ def takes(noise: Recipe, weight: Tensor) -> bool:
 def fill(out: Tensor, key: Key, block: int) -> Tensor:
     with _on(out.device):
         grid = (triton.cdiv(out.numel(), TILE),)
-        jit.fill_kernel[grid](out, out.numel(), *map(_signed, key.words), _signed(block), TILE=TILE, **_EXACT)
+        jit.fill_kernel[grid](
+            out, out.numel(), *map(_signed, key.words), _signed(block), TILE=TILE, num_warps=WARPS, **_EXACT
+        )
     return out
 
 
@@ -107,7 +112,7 @@ class Part(part.Part):
             table, entries = _only(rows.device, _description(each, in_place=False))
             _launch(
                 jit.perturb_kernel, rows, (table, entries, 0, rows.data_ptr()), noise.scales, noise.key.words,
-                (None,) * 5, len(entries), BITS=_BITS[rows.element_size()], KEEP=jit.NOTHING,
+                (None,) * 5, len(entries), KEEP=jit.NOTHING, **_of_perturb(rows.dtype),
             )  # fmt: skip
 
 
@@ -124,7 +129,9 @@ def _description(part: Part, *, in_place: bool) -> tuple[int, ...]:
     address = part.address if in_place else 0
     copy = 0 if part.copy is None else part.copy.data_ptr()
     number = grid.first_block + block
-    at = number, rows.numel(), block * size, size, tiles, row_size, first_row, skipped, part.noise.row_dim
+    # Scales run along the rows of memory, or along their elements; then each group has its own.
+    group = (grid.group or grid.rows) if part.noise.row_dim else 0
+    at = number, rows.numel(), block * size, size, tiles, row_size, first_row, skipped, group
     return address, *at, copy, count
 
 
@@ -134,11 +141,20 @@ def _tables(device: torch.device, weights: Sequence[tuple[int, ...]], scales: Se
     for (address, *at, copy, count), size in zip(weights, scales, strict=True):
         rows.append([address, scale, tile, *at, copy])
         tile, scale = tile + count, scale + size
+    counts = [count for *_, count in weights]
+    return _copied(device, torch.tensor(rows, dtype=torch.int64, device="cpu"), _owners(counts))
+
+
+def _owners(counts: Sequence[int]) -> Tensor:
+    """Which weight each tile belongs to, of weights of so many tiles."""
+    numbers = torch.arange(len(counts), dtype=torch.int32, device="cpu")
+    return numbers.repeat_interleave(torch.tensor(counts, device="cpu"))
+
+
+def _copied(device: torch.device, *tables: Tensor) -> list[Tensor]:
+    """Waits for it: on whatever stream they are read later, they are there."""
     with torch.inference_mode(False):
-        table = torch.tensor(rows, dtype=torch.int64, device=device)
-        counts = torch.tensor([count for *_, count in weights], device=device)
-        entries = torch.arange(len(weights), dtype=torch.int32, device=device)
-        return [table, entries.repeat_interleave(counts, output_size=tile)]
+        return [table.to(device, copy=True) for table in tables]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -191,7 +207,7 @@ class _Batch:
             self._answer = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
         self._asked: Any = None  # an event: whether the answer has come
         self._is_measured = self._warned = False
-        self._wanted = 0  # entries of the last step
+        self._wanted = self._expected = 0.0  # entries of the last step, and what the next may need
         self._positions = self._originals = torch.empty(0, dtype=torch.int16, device=device)
         self._scales: Tensor = self._control
         self._words = 0, 0, 0, 0
@@ -249,7 +265,7 @@ class _Batch:
 
     def _perturb(self) -> None:
         journal = self._positions, self._originals, self._starts, self._counts, self._control
-        self._launch(jit.perturb_kernel, 0, 0, journal, self._tiles, BITS=_BITS[self._dtype.itemsize])
+        self._launch(jit.perturb_kernel, 0, 0, journal, self._tiles, **_of_perturb(self._dtype))
 
     def _restore(self, first: int, tiles: int, elsewhere: int = 0) -> None:
         journal = self._positions, self._originals, self._starts, self._counts
@@ -272,25 +288,25 @@ class _Batch:
             kept: Entries of this step to keep.
         """
         known, room = len(self._positions), self._numel * _ROOM[self._dtype.itemsize]
-        if known and not kept and self._wanted * 1.2 <= known:
+        if known and not kept and self._expected <= known:
             return
         if known:
-            room = self._wanted * (1.25 if kept else 1.5)
+            room = self._expected * 1.25
         room = min(int(room), self._numel) + 2 * TILE  # for what a tile without room leaves unused
-        before = self._positions[:kept], self._originals[:kept]
-        if not kept:  # free the old memory first
-            self._positions = self._originals = self._positions[:0]
+        before = (self._positions[:kept], self._originals[:kept]) if kept else None
+        if before is None:  # free the old memory first
+            self._positions = self._originals = torch.empty(0, dtype=torch.int16, device=self._device)
         with torch.inference_mode(False):
             self._positions = torch.empty(room, dtype=torch.int16, device=self._device)
             bits = _INTEGERS[self._dtype.itemsize]
             self._originals = torch.empty(room, dtype=bits, device=self._device)
-        if kept:
+        if before is not None:
             self._positions[:kept], self._originals[:kept] = before
         self._control.copy_(torch.tensor([kept, 0, room]), non_blocking=True)
 
     def _make_up(self) -> None:
         """Waits once, when the journal is new, and puts the noise on tiles that had found no room."""
-        self._wanted, lost, room = read(self._control)
+        lost, room = self._expect(*read(self._control))
         self._is_measured = True
         if lost:
             self._reserve(room)
@@ -307,15 +323,22 @@ class _Batch:
         if self._asked is None or not (self._asked is True or self._asked.query()):
             return
         self._asked = None
-        self._wanted, lost, room = self._answer.tolist()
+        lost, room = self._expect(*self._answer.tolist())
         if lost and not self._warned:
             self._warned = True
             warnings.warn(
-                f"the journal had room for {room} of {self._wanted} entries, so that a share of "
+                f"the journal had room for {room} of {self._wanted:.0f} entries, so that a share of "
                 f"{lost / self._tiles:.2%} of the weights went without noise in this step: sigma or the "
                 "weights have changed. There will be more room at the next step",
                 stacklevel=2,
             )
+
+    def _expect(self, wanted: int, lost: int, room: int) -> tuple[int, int]:
+        """Sigma may go on growing as it did in the last step: the room is to last for the next one, too."""
+        growth = wanted / self._wanted if self._wanted else 1.0
+        self._expected = wanted * min(1.2, max(1.01, growth))
+        self._wanted = wanted
+        return lost, room
 
 
 def _joined(scales: Sequence[Tensor]) -> Tensor:
@@ -342,75 +365,101 @@ def _launch(
     with _on(scales.device):
         kernel[(tiles,)](
             *where, scales, *map(_signed, words), *journal,
-            DTYPE=_DTYPES[dtype], REGULAR=False, TILE=TILE, **options, **_EXACT,
+            DTYPE=_DTYPES[dtype], REGULAR=False, TILE=TILE, num_warps=WARPS, **options, **_EXACT,
         )  # fmt: skip
+
+
+def _of_perturb(dtype: torch.dtype) -> dict[str, Any]:
+    """Constants that only the perturbing kernel needs."""
+    return {"BITS": _BITS[dtype.itemsize], "THREADS": 32 * WARPS}
 
 
 # ------------------------------------------------------------------------ norms
 
 
-def norm_increases(products: Sequence[Product]) -> list[Tensor]:
+def squared_norms(products: Sequence[Product]) -> list[Tensor]:
     sizes = [product.rows for product in products]
     out = torch.empty(sum(sizes), dtype=torch.float32, device=products[0].weight.device)
     with _on(out.device):
         places = dict(zip(map(id, products), _starts_of(sizes), strict=True))
         for some in _grouped(products, _kind_of_product):
             if (kind := _kind_of_product(some[0])) is not None:
-                _norm_increases(kind, some, [places[id(product)] for product in some], out)
-    increases = list(out.split(sizes))
-    for product, increase in zip(products, increases, strict=True):
+                _squared_norms(kind, some, [places[id(product)] for product in some], out)
+    squared = list(out.split(sizes))
+    for product, norms in zip(products, squared, strict=True):
         if _kind_of_product(product) is None:
-            increase.copy_(plain.norm_increase(product))
-    return increases
+            norms.copy_(*plain.squared_norms([product]))
+    return squared
 
 
 def _kind_of_product(product: Product) -> tuple[Any, ...] | None:
     """What products in one launch have in common; None if the kernel can't read this one."""
-    dtypes = tuple(_DTYPES.get(each.dtype) for each in product[:3])
-    if None in dtypes or not product.weight.is_contiguous():
+    left, right = product.left, product.right
+    dtypes = tuple(_DTYPES.get(each.dtype) for each in (product.weight, left, right))
+    are_alike = all((left.dtype, right.dtype) == (b.dtype, a.dtype) for b, a, _ in product.more)
+    if None in dtypes or not are_alike or not product.weight.is_contiguous():
         return None
     return (*dtypes, product.row_dim)
 
 
-def _norm_increases(
+def _squared_norms(
     kind: tuple[Any, ...], products: Sequence[Product], at: Sequence[int], out: Tensor
 ) -> None:
     weights = tuple(_describe_product(product, first) for product, first in zip(products, at, strict=True))
-    table, entries, factors = _norm_tables(out.device, weights, tuple(p.scaling for p in products))
-    rank = max(product.right.shape[0] for product in products)
-    ranks = min(_MOST_RANKS, max(16, triton.next_power_of_2(rank)))
+    table, entries, terms, factors = _norm_tables(out.device, weights)
+    rank = max(right.shape[-2] for product in products for _, right, _ in product.terms)
     jit.norms_kernel[(len(entries),)](
-        table, entries, factors, out,
+        table, entries, terms, factors, out,
         DTYPE=kind[0], LEFT=kind[1], RIGHT=kind[2], FACTORS=_factors(out.device), TRANSPOSED=bool(kind[3]),
-        RANK=ranks, IS_ONE=rank <= ranks, ROWS=_ROWS, COLUMNS=_COLUMNS,
+        RANK=min(_MOST_RANKS, max(16, triton.next_power_of_2(rank))), IS_ONE=len(terms) == len(table),
+        ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_NORM_WARPS,
     )  # fmt: skip
 
 
-def _describe_product(product: Product, first: int) -> tuple[int, ...]:
-    weight, left, right = product[:3]
-    rows, columns = product.rows, product.columns
+def _describe_product(product: Product, first: int) -> tuple[Any, ...]:
+    """What the tables say of a weight: see ``jit.norms_kernel``. Of experts, there is one after another."""
+    weight, rows, columns = product.weight, product.left.shape[-2], product.columns
     stride = rows if product.row_dim else columns
-    addresses = weight.data_ptr(), right.data_ptr(), left.data_ptr()
-    return *addresses, rows, columns, right.shape[0], stride, *right.stride(), *left.stride(), first
+    terms = tuple(term for each in product.terms for term in _describe_term(*each))
+    size = rows * columns * weight.element_size()
+    return product.experts, (weight.data_ptr(), rows, columns, stride, first), size, terms
+
+
+def _describe_term(left: Tensor, right: Tensor, scaling: float) -> Iterator[tuple[Any, ...]]:
+    """The term, in pieces of no more ranks than the kernel takes at once; last, how far experts are apart."""
+    sizes = right.element_size(), left.element_size()
+    strides = right.stride()[-2:], left.stride()[-2:]
+    apart = (right.stride(0) * sizes[0], left.stride(0) * sizes[1]) if left.ndim == 3 else (0, 0)
+    for first in range(0, max(1, right.shape[-2]), _MOST_RANKS):
+        of_right = right.data_ptr() + first * strides[0][0] * sizes[0]
+        of_left = left.data_ptr() + first * strides[1][1] * sizes[1]
+        count = min(_MOST_RANKS, right.shape[-2] - first)
+        yield (of_right, of_left, count, *strides[0], *strides[1]), scaling, apart
 
 
 @functools.lru_cache(maxsize=64)
-def _norm_tables(
-    device: torch.device, weights: tuple[tuple[int, ...], ...], scalings: tuple[float, ...]
-) -> list[Tensor]:
-    tiles = [triton.cdiv(rows, _ROWS) for _, _, _, rows, *_ in weights]
-    rows = [
-        [*weight[:3], tile, *weight[3:], 0, 0, 0]
-        for weight, tile in zip(weights, _starts_of(tiles), strict=True)
-    ]
-    with torch.inference_mode(False):
-        entries = torch.arange(len(weights), dtype=torch.int32, device=device)
-        counts = torch.tensor(tiles, device=device)
-        return [
-            torch.tensor(rows, dtype=torch.int64, device=device),
-            entries.repeat_interleave(counts, output_size=sum(tiles)),
-            torch.tensor(scalings, dtype=torch.float32, device=device),
-        ]
+def _norm_tables(device: torch.device, weights: tuple[tuple[Any, ...], ...]) -> list[Tensor]:
+    table: list[list[int]] = []
+    terms: list[list[int]] = []
+    factors: list[float] = []
+    tiles: list[int] = []
+    tile = 0
+    for experts, (address, rows, columns, stride, first), size, parts in weights:
+        for expert in range(experts):
+            place = [address + expert * size, tile, rows, columns, stride, first + expert * rows]
+            table.append([*place, len(terms), len(terms) + len(parts)])
+            tiles.append(triton.cdiv(rows, _ROWS))
+            tile += tiles[-1]
+            for (right, left, *others), factor, apart in parts:
+                terms.append([right + expert * apart[0], left + expert * apart[1], *others, 0])
+                factors.append(factor)
+    return _copied(
+        device,
+        torch.tensor(table, dtype=torch.int64, device="cpu"),
+        _owners(tiles),
+        torch.tensor(terms, dtype=torch.int64, device="cpu"),
+        torch.tensor(factors, dtype=torch.float32, device="cpu"),
+    )
 
 
 @functools.cache

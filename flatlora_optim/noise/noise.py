@@ -58,7 +58,7 @@ class Noise:
     def can_be_fused(self) -> bool:
         """Whether the noise is just ``scale * z`` in whole rows, so that kernels can make it while they add
         it."""
-        return self.grid.columns == slice(None) and not self.grid.group
+        return self.grid.columns == slice(None)
 
     @property
     def is_seeded(self) -> bool:

@@ -233,8 +233,6 @@ class NoisyWeights:
 
     def _put_on(self, versions: ExitStack) -> None:
         sharding.reshard_all(self.model)
-        for norms in self.norms:
-            norms.forget_if_changed()
         # Set before it is true, so that an interrupt right after finds something to restore.
         self.is_perturbed = True
         try:
@@ -264,13 +262,8 @@ class NoisyWeights:
         sharding.reshard_all(self.model)
         with self.timed():
             changed = forget_changed(self.perturbations)
-            rewritten = [
-                n for p, n in zip(self.perturbations, self.norms, strict=True) if p.written() is not None
-            ]
             remove_all(self.perturbations)
             self.is_perturbed = False
-            for norms in rewritten:
-                norms.rewritten()
         if changed:
             raise change_noticed(changed)
 

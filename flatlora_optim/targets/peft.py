@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .attributes import has, innermost_base_layer, is_set
 from .sharding import gathered
-from .target import LowRank, Target, factor_of, values_of
-from .weights import ExpertsWeight, UnsupportedAdapterError, is_plain, read_weight
+from .target import LowRank, Target, factor_of
+from .weights import ExpertsWeight, FrozenWeight, UnsupportedAdapterError, is_plain, read_weight
 
 
 class PeftLoRA(Target):
@@ -19,6 +19,10 @@ class PeftLoRA(Target):
 
     VARIANTS: ClassVar[tuple[str, ...]] = ("ALora", "Dora", "MiCA", "Velora", "_Dora")
     """Variants whose forward adds ``B @ A``, at least for some of the tokens."""
+
+    def __init__(self, name: str, layer: nn.Module, owner: nn.Module, weight: FrozenWeight) -> None:
+        super().__init__(name, layer, owner, weight)
+        self._factors: dict[str, tuple[tuple[Any, ...], tuple[Tensor, Tensor]]] = {}
 
     @classmethod
     def match(cls, name: str, module: nn.Module) -> Target | None:
@@ -74,15 +78,29 @@ class PeftLoRA(Target):
                     yield from (parameter for parameter in part._parameters.values() if parameter is not None)
 
     def delta(self) -> LowRank | Tensor | None:
-        return self.summed([self._product(adapter, a, b) for adapter, a, b in self._active()])
+        return self.summed(self.terms())
+
+    def terms(self) -> list[LowRank | Tensor]:
+        return [self._product(adapter, a, b) for adapter, a, b in self._active()]
 
     def _product(self, adapter: str, a: Any, b: Any) -> LowRank:
         scaling = float(self.layer.scaling[adapter])
         a, b = factor_of(a, self.weight.device), factor_of(b, self.weight.device)
+        if not (isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter)):  # gathered, or moved
+            return LowRank(*self._factors_of(adapter, a, b), scaling)
+        places = a.data_ptr(), a.shape, a.dtype, b.data_ptr(), b.shape, b.dtype
+        known, factors = self._factors.get(adapter, (None, None))
+        if factors is None or known != places:  # of hundreds of weights, each view would be felt
+            factors = self._factors_of(adapter, a, b)
+            self._factors[adapter] = places, factors
+        return LowRank(*factors, scaling)
+
+    def _factors_of(self, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of A and B, as ``LowRank`` has them."""
         if adapter in getattr(self.layer, "lora_embedding_A", ()):
             # The weight is stored (tokens, dim), and A.T @ B.T, too: a row is one token's output.
-            return self.low_rank(a.T, b.T, scaling)
-        return self.low_rank(b.flatten(1), a.flatten(1), scaling)
+            return self.low_rank(a.T, b.T, 1.0)[:2]
+        return self.low_rank(b.flatten(1), a.flatten(1), 1.0)[:2]
 
 
 class PeftParameter(PeftLoRA):
@@ -109,12 +127,9 @@ class PeftParameter(PeftLoRA):
         target.delta()
         return target
 
-    def _product(self, adapter: str, a: Any, b: Any) -> LowRank:
-        experts, device = self.layer.num_experts, self.weight.device
-        a, b = values_of(a, device), values_of(b, device)
-        right = a.view(experts, -1, a.shape[1])
-        left = b.view(b.shape[0], -1, experts).permute(2, 0, 1).contiguous()
-        return LowRank(left, right, float(self.layer.scaling[adapter]))
+    def _factors_of(self, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        experts = self.layer.num_experts
+        return b.view(b.shape[0], -1, experts).permute(2, 0, 1), a.view(experts, -1, a.shape[1])
 
 
 class PeftAdditive(Target):
@@ -145,7 +160,7 @@ class PeftAdditive(Target):
         "psoft_R",
         "miss_block",
     )
-    """The attribute that tells each method. It has an entry for each adapter."""
+    """The attribute by which each method is recognized. It has an entry for each adapter."""
 
     @classmethod
     def match(cls, name: str, module: nn.Module) -> Target | None:

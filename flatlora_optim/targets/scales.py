@@ -1,16 +1,16 @@
 """Row scales: how strong the noise is in each output neuron.
 
 ``scale[i] = sigma_t * ||W'[i, :]|| / sqrt(n)`` with ``W' = W + s * B @ A`` (Flat-LoRA, section
-3.2). W' itself is never made:
+3.2). W' is never made as a whole: one pass over W adds the product to a few rows and columns at a time. If
+the weight is not transposed, native kernels round A and s B to bfloat16 for it.
+
+A quantized W must be dequantized for that pass, which uses
 
 ``||W'[i]||^2 = ||W[i]||^2 + 2 <B[i], (W A^T)[i]> + B[i] (A A^T) B[i]^T``
 
-with s folded into B. The first term is constant and kept; the rest costs one pass over W. If the weight is
-not transposed, native kernels round A and s B to bfloat16 for it.
-
-A quantized W must be dequantized for that pass. So its norms are kept while s B A stays near its old value:
-as ``| ||W'[i]|| - ||W'old[i]|| | <= ||(W' - W'old)[i]||``, the norms are off by no more than
-the adapter has moved, in the root mean square over the rows. A sketch measures how far that is:
+with s folded into B; the first term is constant and kept. The result is kept, too, while s B A stays near its
+old value: as ``| ||W'[i]|| - ||W'old[i]|| | <= ||(W' - W'old)[i]||``, the norms are off by no more
+than the adapter has moved, in the root mean square over the rows. A sketch measures how far that is:
 ``P.T @ (s B A) @ Q``, with Gaussian P and Q of 8 columns. If ``s B A`` moves by D, each element of the sketch
 moves by a number whose expected square is ``||D||^2`` (Frobenius).
 """
@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.part import read
 from .target import LowRank, Target
-from .weights import DenseWeight, FrozenWeight
+from .weights import DenseWeight
 
 _ELEMENTS_AT_ONCE = 1 << 24
 _TOLERANCE = 0.01
@@ -38,7 +39,7 @@ _SKETCH = 8
 class RowNorms:
     """The norms of the merged weight's rows, for one target.
 
-    Holds ``||W[i]||^2`` (m numbers) until the frozen weight changes.
+    For a quantized weight, holds ``||W[i]||^2`` (m numbers) until the weight changes.
     """
 
     def __init__(self, target: Target) -> None:
@@ -49,7 +50,7 @@ class RowNorms:
         self._fingerprint: tuple[Any, ...] | None = None
 
     def base_squared(self) -> Tensor:
-        """``||W[i]||^2``, shape ``(m,)``. For a sharded weight, the local part's share of it."""
+        """``||W[i]||^2``, shape ``(m,)``."""
         fingerprint = self.target.weight.fingerprint()
         if self._base is None or self._fingerprint != fingerprint:
             if self._base is not None:
@@ -66,23 +67,6 @@ class RowNorms:
     def kept_or_unknown(self) -> Tensor:
         """``kept``, or NaNs, which no sketch is near."""
         return torch.full((self.kept_size,), math.nan) if self.kept is None else self.kept
-
-    def forget_if_changed(self) -> None:
-        """Call this before the weight is written: afterwards nobody can see whether it had changed."""
-        if self._fingerprint != self.target.weight.fingerprint():
-            self._fingerprint = None
-
-    def rewritten(self) -> None:
-        """Call this if the weight was written with the bits it had: the norms stay valid."""
-        if self._fingerprint is not None:
-            self._fingerprint = self.target.weight.fingerprint()
-
-    def squared_with(self, delta: Tensor) -> Tensor:
-        """``||W'[i]||^2`` for ``W' = W + delta``, with delta in the stored shape."""
-        weight = self.target.weight
-        products = delta.flatten(1).square().sum(1 if weight.row_dim == 0 else 0)
-        partial = self.base_squared() + 2 * weight.row_dots(delta)
-        return weight.sum_over_parts(partial) + products
 
 
 @torch.no_grad()
@@ -109,38 +93,38 @@ def merged_norms(rows: Sequence[RowNorms]) -> list[Tensor | None]:
 
 def _squared_norms(rows: Sequence[RowNorms]) -> list[Tensor | None]:
     squared: list[Tensor | None] = [None] * len(rows)
-    low_rank: dict[type[FrozenWeight], list[tuple[int, LowRank]]] = {}
+    dense: dict[int, list[LowRank]] = {}
+    quantized: dict[int, LowRank] = {}
     for i, each in enumerate(rows):
-        delta = each.target.whole_delta()
-        if isinstance(delta, LowRank):
-            low_rank.setdefault(type(each.target.weight), []).append((i, delta))
+        target, terms = each.target, each.target.all_terms()
+        products = [term for term in terms if isinstance(term, LowRank)]
+        if terms and isinstance(target.weight, DenseWeight) and len(products) == len(terms):
+            dense[i] = products
+        elif isinstance(delta := target.summed(terms), LowRank):
+            quantized[i] = delta
         elif delta is not None:
-            squared[i] = each.squared_with(delta)
-    for kind, found in low_rank.items():
-        indices, deltas = zip(*found, strict=True)
-        read = _read if issubclass(kind, DenseWeight) else _kept_or_read
-        for i, norms in zip(indices, read(kind, [rows[i] for i in indices], deltas), strict=True):
-            squared[i] = norms
+            squared[i] = target.weight.sum_over_parts(target.weight.squared_norms_with(delta))
+    read = _read([rows[i] for i in dense], list(dense.values()))
+    kept = _kept_or_read([rows[i] for i in quantized], list(quantized.values()))
+    for i, norms in zip((*dense, *quantized), (*read, *kept), strict=True):
+        squared[i] = norms
     return squared
 
 
-def _read(kind: type[FrozenWeight], rows: Sequence[RowNorms], deltas: Sequence[LowRank]) -> list[Tensor]:
-    """``||W'[i]||^2`` of weights of one kind, by one pass over each."""
-    weights = [each.target.weight for each in rows]
-    partial = kind.norm_increases(weights, deltas)
-    torch._foreach_add_(partial, [each.base_squared() for each in rows])
+def _read(rows: Sequence[RowNorms], deltas: Sequence[Sequence[LowRank]]) -> list[Tensor]:
+    """``||W'[i]||^2`` of dense weights, by one pass over each."""
+    weights: list[Any] = [each.target.weight for each in rows]
+    partial = DenseWeight.squared_norms(weights, deltas)
     return [weight.sum_over_parts(local) for weight, local in zip(weights, partial, strict=True)]
 
 
-def _kept_or_read(
-    kind: type[FrozenWeight], rows: Sequence[RowNorms], deltas: Sequence[LowRank]
-) -> list[Tensor]:
-    """``_read``, but only for weights whose adapter has moved by more than the tolerance."""
+def _kept_or_read(rows: Sequence[RowNorms], deltas: Sequence[LowRank]) -> list[Tensor]:
+    """``||W'[i]||^2`` of quantized weights, by a pass over those whose adapter has moved by more than the
+    tolerance."""
     sketches = [_sketch(delta) for delta in deltas]
-    far = [i for i, near in enumerate(_are_near(rows, sketches)) if not near]
-    if far:
-        read = _read(kind, [rows[i] for i in far], [deltas[i] for i in far])
-        for i, squared in zip(far, read, strict=True):
+    for i, near in enumerate(_are_near(rows, sketches)):
+        if not near:
+            squared = rows[i].base_squared() + rows[i].target.weight.norm_increase(*deltas[i])
             rows[i].kept = torch.cat([squared, sketches[i]])
     return [each.kept[: -(_SKETCH**2)].clone() for each in rows if each.kept is not None]
 
@@ -159,8 +143,7 @@ def _are_near(rows: Sequence[RowNorms], sketches: Sequence[Tensor]) -> list[bool
     squared = torch._foreach_norm([each[: -(_SKETCH**2)] for each in known], 1)
     most = torch._foreach_mul(torch._foreach_sqrt(squared), _SKETCH * _TOLERANCE)
     device = moved[0].device
-    ratios = torch.stack([each.to(device) for each in torch._foreach_div(moved, most)]).tolist()  # waits once
-    answers = iter(ratios)
+    answers = iter(read(torch.stack([each.to(device) for each in torch._foreach_div(moved, most)])))
     return [each is not None and next(answers) <= 1 for each in kept]
 
 

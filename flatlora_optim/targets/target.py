@@ -71,16 +71,21 @@ class Target:
         """
         raise NotImplementedError
 
-    def whole_delta(self) -> LowRank | Tensor | None:
-        """The product of all active adapters on the owner of the weight.
+    def terms(self) -> list[LowRank | Tensor]:
+        """The terms whose sum is ``delta``."""
+        delta = self.delta()
+        return [] if delta is None else [delta]
 
-        If several owners share the weight, it is that of the first with an active adapter.
+    def all_terms(self) -> list[LowRank | Tensor]:
+        """The terms of all active adapters on the owner of the weight.
+
+        If several owners share the weight, those of the first with an active adapter.
         """
         if not self.tied:
-            return self.delta()
-        deltas = [(each.owner, each.delta()) for each in self.sharing]
-        active = [(owner, delta) for owner, delta in deltas if delta is not None]
-        return self.summed([delta for owner, delta in active if owner is active[0][0]])
+            return self.terms()
+        found = [(each.owner, each.terms()) for each in self.sharing]
+        active = [(owner, terms) for owner, terms in found if terms]
+        return [term for owner, terms in active if owner is active[0][0] for term in terms]
 
     def summed(self, deltas: Sequence[LowRank | Tensor]) -> LowRank | Tensor | None:
         """The sum of what several adapters add; None if there is none."""

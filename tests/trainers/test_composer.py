@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import without_cuda  # noqa: F401
 
 pytest.importorskip("composer", reason="make test-trainers")
 from composer import Trainer

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import without_cuda  # noqa: F401
 
 pytest.importorskip("llamafactory", reason="make test-trainers")
 

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flatlora_optim import NoiseTable
+from flatlora_optim.kernels import kernels_of
 from flatlora_optim.kernels.threads import for_each
 from helpers import changed_weights, fingerprint, flatlora, lora_mlp, loss_of, mlp_batch
 
@@ -187,3 +190,30 @@ def test_nothing_runs_on_after_an_exception(failing: int) -> None:
 def run(code: str) -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses what MPS refuses."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if any(isinstance(each, Tensor) and each.dtype == torch.float64 for each in tree_leaves(made)):
+            raise TypeError("the MPS framework doesn't support float64")
+        return made
+
+
+@pytest.mark.parametrize("options", MODES, ids=named)
+def test_no_float64_is_needed(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels_of.cache_clear()
+    monkeypatch.setattr("flatlora_optim.kernels.native.is_available", lambda: False)
+    try:
+        with NoFloat64():
+            model = lora_mlp()
+            optimizer = flatlora(model, **options)
+            for _ in range(2):
+                with optimizer.perturbed():
+                    loss_of(model, mlp_batch()).backward()
+                assert optimizer.metrics()["noise_norm"] > 0
+                optimizer.step()
+    finally:
+        kernels_of.cache_clear()

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.grid import Grid
-from ...kernels.plain import increase_of_projected
-
-W = TypeVar("W", bound="FrozenWeight")
 
 Delta = tuple[Tensor, Tensor, float]
 """``left``, ``right`` and ``scaling`` of a low-rank product, shapes ``(rows, r)`` and ``(r, columns)``."""
@@ -82,19 +79,15 @@ class FrozenWeight:
             torch.mm(values, right.T, out=out[lo:hi])
         return out
 
-    @classmethod
-    def norm_increases(cls: type[W], weights: Sequence[W], deltas: Sequence[Delta]) -> list[Tensor]:
-        """``||(W + scaling * left @ right)[i, :]||^2 - ||W[i, :]||^2`` of each weight, shape ``(rows,)``."""
-        return [weight._norm_increase(*delta) for weight, delta in zip(weights, deltas, strict=True)]
-
-    def _norm_increase(self, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    def norm_increase(self, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+        """``||(W + scaling * left @ right)[i, :]||^2 - ||W[i, :]||^2``, shape ``(rows,)``."""
         left, right = left.float() * scaling, right.float()
-        return increase_of_projected(self.project(right), left, right)
+        return ((2 * self.project(right) + left @ (right @ right.T)) * left).sum(1)
 
-    def row_dots(self, other: Tensor) -> Tensor:
-        """``<W[i, :], other[i, :]>`` for ``other`` of the stored shape: shape ``(rows,)``."""
+    def squared_norms_with(self, delta: Tensor) -> Tensor:
+        """``||(W + delta)[i, :]||^2`` for ``delta`` of the stored shape: shape ``(rows,)``."""
         columns = self.grid().columns
-        return self._row_sums(lambda lo, hi, values: values * other[lo:hi].flatten(1)[:, columns])
+        return self._row_sums(lambda lo, hi, values: (values + delta[lo:hi].flatten(1)[:, columns]).square())
 
     def _row_sums(self, terms: Callable[[int, int, Tensor], Tensor]) -> Tensor:
         """Sums ``terms(lo, hi, values)`` of all slices, for each output neuron."""

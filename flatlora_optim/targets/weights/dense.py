@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,23 +56,23 @@ class DenseWeight(FrozenWeight):
         for lo, hi in grid.spans(local.shape[0]):
             yield grid.first_row + lo, grid.first_row + hi, local[lo:hi].float().flatten(1)
 
-    @classmethod
-    def norm_increases(  # type: ignore[override]
-        cls, weights: Sequence[DenseWeight], deltas: Sequence[Delta]
-    ) -> list[Tensor]:
-        increases: list[Tensor] = []
+    @staticmethod
+    def squared_norms(weights: Sequence[DenseWeight], deltas: Sequence[Sequence[Delta]]) -> list[Tensor]:
+        """``||(W + sum of scaling * left @ right)[i, :]||^2``, shape ``(rows,)``, of some deltas for each
+        weight; of the local part alone."""
+        squared: list[Tensor] = []
         for device, some in groupby(zip(weights, deltas, strict=True), lambda pair: pair[0].device):
             pairs = list(some)
-            products = [weight._product(*each) for weight, each in pairs]
-            local = kernels_of(device).norm_increases(products)
-            increases += [weight._of_all_rows(part) for (weight, _), part in zip(pairs, local, strict=True)]
-        return increases
+            local = kernels_of(device).squared_norms([weight._product(each) for weight, each in pairs])
+            squared += [weight._of_all_rows(part) for (weight, _), part in zip(pairs, local, strict=True)]
+        return squared
 
-    def _product(self, left: Tensor, right: Tensor, scaling: float) -> Product:
+    def _product(self, deltas: Sequence[Delta]) -> Product:
+        terms = [(left, right, scaling) for left, right, scaling in deltas]
         if not self.is_whole:
             rows, columns = self._region()
-            left, right = left[rows], right[:, columns]
-        return Product(local_part(self.tensor), left, right, scaling, self.row_dim)
+            terms = [(left[rows], right[:, columns], scaling) for left, right, scaling in terms]
+        return Product(local_part(self.tensor), *terms[0], self.row_dim, tuple(terms[1:]))
 
     def _of_all_rows(self, values: Tensor) -> Tensor:
         """Values for the rows of the local part, with zeros for the other rows."""
@@ -129,7 +128,3 @@ class DenseWeight(FrozenWeight):
 
     def tensors(self) -> Iterator[Tensor]:
         yield self.tensor
-
-    def fingerprint(self) -> tuple[Any, ...]:
-        place = place_of(self.tensor) if is_sharded(self.tensor) else None
-        return *super().fingerprint(), place

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ...kernels import kernels_of
 from ...kernels.grid import Grid
-from ...kernels.plain import Product
-from .base import Delta, fingerprint_of
 from .dense import DenseWeight
 
 
@@ -32,6 +26,7 @@ class ExpertsWeight(DenseWeight):
 
     def __init__(self, layer: nn.Module, name: str, is_transposed: bool) -> None:
         super().__init__(layer, int(is_transposed), name)
+        self._view: Tensor | None = None
 
     @property
     def parameter(self) -> Tensor:
@@ -47,8 +42,11 @@ class ExpertsWeight(DenseWeight):
 
     @property
     def tensor(self) -> Tensor:
-        parameter = self.parameter
-        return parameter.view(-1, parameter.shape[-1])
+        parameter, view = self.parameter, self._view
+        if view is None or view.data_ptr() != parameter.data_ptr() or view.dtype != parameter.dtype:
+            with torch.inference_mode(False):
+                view = self._view = parameter.detach().view(-1, parameter.shape[-1])
+        return view
 
     @property
     def version(self) -> int:
@@ -65,32 +63,3 @@ class ExpertsWeight(DenseWeight):
     def grid(self, first_block: int = 0) -> Grid:
         grid = super().grid(first_block)
         return grid._replace(group=self.parameter.shape[-2]) if self.row_dim else grid
-
-    @classmethod
-    def norm_increases(  # type: ignore[override]
-        cls, weights: Sequence[ExpertsWeight], deltas: Sequence[Delta]
-    ) -> list[Tensor]:
-        """The factors have a leading dim of experts."""
-        increases = []
-        for weight, (left, right, scaling) in zip(weights, deltas, strict=True):
-            matrices = weight.tensor.detach().view(weight.experts, -1, weight.shape[1])
-            products = [
-                Product(*each, scaling, weight.row_dim) for each in zip(matrices, left, right, strict=True)
-            ]
-            increases.append(torch.cat(kernels_of(weight.device).norm_increases(products)))
-        return increases
-
-    def _row_sums(self, terms: Callable[[int, int, Tensor], Tensor]) -> Tensor:
-        if not self.row_dim:
-            return super()._row_sums(terms)
-        inputs = self.grid().group
-        total = torch.zeros(self.experts, self.shape[1], dtype=torch.float32, device=self.device)
-        for lo, hi, values in self.slices():
-            total[lo // inputs] += terms(lo, hi, values).sum(0)
-        return total.flatten()
-
-    def fingerprint(self) -> tuple[Any, ...]:
-        parameter = self.parameter
-        (itself, address, _), *_ = fingerprint_of([parameter])
-        values = parameter.detach().view(-1)[:: max(1, parameter.numel() // 64)]
-        return itself, address, values.float().tolist()

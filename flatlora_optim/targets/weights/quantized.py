@@ -201,9 +201,6 @@ class OpaqueWeight(_UnwritableWeight):
     def project(self, right: Tensor) -> Tensor:
         return self._apply(right.clone()).T  # the adapter's own memory, which the forward might write
 
-    def row_dots(self, other: Tensor) -> Tensor:
-        raise NotImplementedError("row_dots needs a weight that can be dequantized")
-
 
 def frozen_tensors(layer: nn.Module) -> Iterator[Tensor]:
     """All tensors that a quantizer may have stored a weight in."""
