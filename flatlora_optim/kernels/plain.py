@@ -42,7 +42,7 @@ class Product(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of all experts together."""
+        """The rows of all experts together."""
         return self.experts * self.left.shape[-2]
 
     @property

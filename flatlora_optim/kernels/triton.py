@@ -37,7 +37,7 @@ TILE = 4096
 """Elements per program. A position within a tile fits the 16 bits that the journal has for it."""
 
 WARPS = 4
-"""Of a program that makes noise."""
+"""Warps of a program that makes noise."""
 
 _ROWS, _COLUMNS, _MOST_RANKS, _NORM_WARPS = 64, 64, 64, 4  # of the product in one program
 
@@ -129,7 +129,7 @@ def _description(part: Part, *, in_place: bool) -> tuple[int, ...]:
     address = part.address if in_place else 0
     copy = 0 if part.copy is None else part.copy.data_ptr()
     number = grid.first_block + block
-    # Scales run along the rows of memory, or along their elements, anew in each group of rows.
+    # Scales run along the rows of memory, or along their elements; then each group has its own.
     group = (grid.group or grid.rows) if part.noise.row_dim else 0
     at = number, rows.numel(), block * size, size, tiles, row_size, first_row, skipped, group
     return address, *at, copy, count
@@ -370,7 +370,7 @@ def _launch(
 
 
 def _of_perturb(dtype: torch.dtype) -> dict[str, Any]:
-    """What one kernel is told beyond what both are."""
+    """Constants that only the perturbing kernel needs."""
     return {"BITS": _BITS[dtype.itemsize], "THREADS": 32 * WARPS}
 
 

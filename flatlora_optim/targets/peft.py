@@ -160,7 +160,7 @@ class PeftAdditive(Target):
         "psoft_R",
         "miss_block",
     )
-    """The attribute that tells each method. It has an entry for each adapter."""
+    """The attribute by which each method is recognized. It has an entry for each adapter."""
 
     @classmethod
     def match(cls, name: str, module: nn.Module) -> Target | None:

@@ -1,18 +1,18 @@
 """Row scales: how strong the noise is in each output neuron.
 
 ``scale[i] = sigma_t * ||W'[i, :]|| / sqrt(n)`` with ``W' = W + s * B @ A`` (Flat-LoRA, section
-3.2). W' itself is never made: one pass over W adds to a few rows and columns at a time what belongs there.
-Native kernels round A and s B to bfloat16 for it, where the weight is not transposed.
+3.2). W' is never made as a whole: one pass over W adds the product to a few rows and columns at a time. If
+the weight is not transposed, native kernels round A and s B to bfloat16 for it.
 
-A quantized W has to be dequantized for that pass, which reads
+A quantized W must be dequantized for that pass, which uses
 
 ``||W'[i]||^2 = ||W[i]||^2 + 2 <B[i], (W A^T)[i]> + B[i] (A A^T) B[i]^T``
 
-with s folded into B; the first term is constant and kept. And its norms are kept for as long as s B A stays
-near where it was: as ``| ||W'[i]|| - ||W'old[i]|| | <= ||(W' - W'old)[i]||``, the norms are off by no more
-than the adapter has moved, in the root mean square over the rows. How far it has moved is told from a sketch,
-``P.T @ (s B A) @ Q`` with Gaussian P and Q of 8 columns: each element of what the sketch moves by has the
-squared Frobenius norm of what ``s B A`` moves by as its expected square.
+with s folded into B; the first term is constant and kept. The result is kept, too, while s B A stays near its
+old value: as ``| ||W'[i]|| - ||W'old[i]|| | <= ||(W' - W'old)[i]||``, the norms are off by no more
+than the adapter has moved, in the root mean square over the rows. A sketch measures how far that is:
+``P.T @ (s B A) @ Q``, with Gaussian P and Q of 8 columns. If ``s B A`` moves by D, each element of the sketch
+moves by a number whose expected square is ``||D||^2`` (Frobenius).
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _read(rows: Sequence[RowNorms], deltas: Sequence[Sequence[LowRank]]) -> list
 
 
 def _kept_or_read(rows: Sequence[RowNorms], deltas: Sequence[LowRank]) -> list[Tensor]:
-    """The same of quantized ones, with a pass only over those whose adapter has moved by more than the
+    """``||W'[i]||^2`` of quantized weights, by a pass over those whose adapter has moved by more than the
     tolerance."""
     sketches = [_sketch(delta) for delta in deltas]
     for i, near in enumerate(_are_near(rows, sketches)):

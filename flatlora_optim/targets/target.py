@@ -72,14 +72,14 @@ class Target:
         raise NotImplementedError
 
     def terms(self) -> list[LowRank | Tensor]:
-        """What ``delta`` is the sum of."""
+        """The terms whose sum is ``delta``."""
         delta = self.delta()
         return [] if delta is None else [delta]
 
     def all_terms(self) -> list[LowRank | Tensor]:
-        """``terms`` with those of all other active adapters on the same layer.
+        """The terms of all active adapters on the owner of the weight.
 
-        If several owners share the weight, it is that of the first with an active adapter.
+        If several owners share the weight, those of the first with an active adapter.
         """
         if not self.tied:
             return self.terms()
