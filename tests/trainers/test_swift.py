@@ -25,6 +25,7 @@ def test_command_line(tmp_path: Path) -> None:
         "dataset": write_rows(tmp_path / "rows.jsonl", turns),
         "tuner_type": "lora",
         "target_modules": "all-linear",
+        "lora_dropout": 0,
         "external_plugins": plugin,
         "callbacks": "flatlora",
         "output_dir": tmp_path / "output",

@@ -147,7 +147,8 @@ def test_recipe_and_its_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     resumed = run(tmp_path, resume=True)
     assert resumed.losses == recipe.losses[4:]
     assert resumed.is_clean()
-    assert by_hand(recipe) == recipe.losses
+    losses = list(recipe.losses)
+    assert by_hand(recipe) == losses
 
 
 def by_hand(recipe: Recipe) -> list[float]:
