@@ -118,7 +118,7 @@ TRAINERS ?= axolotl composer llama_factory swift torchtune
 
 test-trainers: $(TRAINERS:%=.venv-trainers/%/.made)  ## Run the plug-ins in the trainers themselves (or TRAINERS=...)
 	@for name in $(TRAINERS); do \
-		OMP_NUM_THREADS=1 .venv-trainers/$$name/bin/python -m pytest tests/trainers/test_$$name.py || exit 1; \
+		OMP_NUM_THREADS=1 .venv-trainers/$$name/bin/python -m pytest --timeout 900 --confcutdir tests/trainers tests/trainers/test_$$name.py || exit 1; \
 	done
 
 test-pythons:  ## Run the core tests with each Python from 3.10 to 3.13 that is here (or PYTHONS=...)

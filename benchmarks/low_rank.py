@@ -33,7 +33,7 @@ sys.path.append(str(HERE.parent / "examples"))
 
 FULL = "full"
 NORMS = "norms"
-LEARNING_RATE = 2e-4
+LEARNING_RATES = (2e-4, 2e-3)
 RANKS = (1, 2, 4, 8, 16)
 SIGMAS = (0.05, 0.2, 0.4)
 
@@ -188,12 +188,16 @@ def _loss_and_gradient(subject: Subject) -> tuple[float, Tensor]:
 
 
 def norms(steps: int) -> dict[str, Any]:
-    """How often the norms of quantized weights are read in a run, and how far off the kept ones are."""
+    """How often the norms of quantized weights are read in runs, and how far off the kept ones are."""
+    return {"runs": [_norms(steps, lr) for lr in LEARNING_RATES], "steps": steps, "commit": commit()}
+
+
+def _norms(steps: int, lr: float) -> dict[str, float]:
     import training
 
     subject = smollm2()
     model = training.with_lora(training.in_nf4(subject.model.unload()))
-    base = torch.optim.AdamW(trainable(model), lr=LEARNING_RATE)
+    base = torch.optim.AdamW(trainable(model), lr=lr)
     optimizer = FlatLoRAOptimizer(base, model, sigma=0.05, total_steps=steps)
     reads, errors = [0] * len(optimizer.targets), []
     for number, ids in enumerate(islice(cycle([subject.batch, *subject.batches]), steps)):
@@ -214,12 +218,11 @@ def norms(steps: int) -> dict[str, Any]:
     optimizer.close()
     found = torch.tensor(errors)
     return {
-        "steps": steps,
+        "lr": lr,
         "reads": sum(reads) / len(reads),
         "most": max(reads),
         "mean": found.mean().item(),
         "largest": found.max().item(),
-        "commit": commit(),
     }
 
 
@@ -259,12 +262,15 @@ def markdown(results: dict[str, Any]) -> str:
     if NORMS in results:
         found = results[NORMS]
         text += (
-            f"\n\n## Norms of quantized weights\n\nSmolLM2-135M in NF4, {found['steps']} steps of AdamW at a "
-            f"learning rate of {LEARNING_RATE}, commit {found['commit']}. A weight's norms were read in "
-            f"{found['reads']:.1f} of them (at most {found['most']}), and were off by {found['mean']:.2%} in "
-            f"the root mean square over a weight's rows, by {found['largest']:.2%} at most; the tolerance is "
-            "1 %.\n"
+            f"\n\n## Norms of quantized weights\n\nSmolLM2-135M in NF4, {found['steps']} steps of AdamW, "
+            f"commit {found['commit']}. **Reads**: in how many of the steps a weight was read for its norms. "
+            "**Error**: of the norms in use, in the root mean square over a weight's rows; the tolerance is "
+            "1 %.\n\n"
+            "| learning rate | reads | most of any weight | error | largest |\n|---|---|---|---|---|\n"
         )
+        for run in found["runs"]:
+            text += f"| {run['lr']} | {run['reads']:.1f} | {run['most']} | {run['mean']:.2%} "
+            text += f"| {run['largest']:.2%} |\n"
     return text
 
 

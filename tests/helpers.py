@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from flatlora_optim import FlatLoRAOptimizer, register
+from flatlora_optim.noise import FactoredNoise
 
 NORM_ERROR = 5e-4
 """How exact row norms are in the tests: native kernels round the factors of an adapter to bfloat16."""
@@ -157,6 +158,18 @@ def flatlora(
     """The optimizer under test, with constant noise that is easy to see unless told otherwise."""
     options = {"sigma": 0.1, "schedule": "constant", "seed": 1, **options}
     return FlatLoRAOptimizer(base(trainable(model), lr=lr), model, **options)
+
+
+def scales_of(optimizer: FlatLoRAOptimizer) -> Tensor:
+    """The standard deviation of this step's noise in each row of the first weight.
+
+    Noise of low rank has let go of it, but its weight is clean: drawn anew, it is the same.
+    """
+    (noise, *_) = optimizer._noises
+    if isinstance(noise, FactoredNoise):
+        sigmas = [sigma * optimizer._factor for sigma in optimizer._sigmas(optimizer.targets)]
+        (noise, *_) = optimizer._weights.draw(noise.key, sigmas)
+    return noise.scales
 
 
 def train(model: nn.Module, optimizer: FlatLoRAOptimizer, steps: range) -> list[float]:

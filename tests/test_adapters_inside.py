@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatlora_optim import FlatLoRAOptimizer, find_targets, register
+from flatlora_optim import FlatLoRAOptimizer, LowRankNoise, find_targets, register
 from flatlora_optim.landscape import expected_loss
 from helpers import (
     NORM_ERROR,
@@ -23,6 +23,7 @@ from helpers import (
     int_view,
     lora_mlp,
     mlp_batch,
+    scales_of,
     trainable,
     with_lora,
 )
@@ -113,10 +114,12 @@ def noise_of(layer: nn.Module, optimizer: FlatLoRAOptimizer) -> Tensor:
 
 
 # Each row has 64 * 60 squares of a Gaussian, 2.3 % standard error, or 60 sums of 4: 4.6 %.
-@pytest.mark.parametrize(("noise", "tolerance"), [("gaussian", 0.08), ("low_rank", 0.2)])
+@pytest.mark.parametrize(
+    ("noise", "tolerance"), [("gaussian", 0.08), (LowRankNoise(4), 0.2)], ids=["gaussian", "low_rank"]
+)
 @pytest.mark.parametrize("kind", [In4Bit, In8Bit, InTorchao, InFloat8, InDense])
 def test_the_adapter_keeps_running_and_noise_has_the_strength_of_the_merged_rows(
-    kind: type, noise: str, tolerance: float
+    kind: type, noise: Any, tolerance: float
 ) -> None:
     layer = kind().to("cpu")
     layer.bias.requires_grad_(False)
@@ -125,8 +128,7 @@ def test_the_adapter_keeps_running_and_noise_has_the_strength_of_the_merged_rows
     optimizer = flatlora(layer, sigma=SIGMA, mode="virtual", noise=noise, lr=0.0)
     for _ in range(draws):
         squared += noise_of(layer, optimizer).square().sum(1)
-        scales = optimizer._noises[0].scales
-        torch.testing.assert_close(scales, expected, rtol=10 * NORM_ERROR, atol=0)
+        torch.testing.assert_close(scales_of(optimizer), expected, rtol=10 * NORM_ERROR, atol=0)
         optimizer.step()
     ratio = (squared / (64 * draws)).sqrt() / expected
     assert (ratio - 1).abs().max() < tolerance

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatlora_optim import FlatLoRAOptimizer, find_targets, register
-from helpers import NORM_ERROR, fingerprint, int_view, trainable
+from helpers import NORM_ERROR, fingerprint, int_view, scales_of, trainable
 
 SIGMA = 0.2
 
@@ -334,7 +334,7 @@ def test_found_by_itself_with_noise_of_the_merged_rows(make: Callable[[], Any], 
         with optimizer.perturbed():
             noise = weight.detach() - clean
             squared += (noise.T if transposed else noise.flatten(1)).square().mean(1)
-        torch.testing.assert_close(optimizer._noises[0].scales, expected, rtol=10 * NORM_ERROR, atol=0)
+        torch.testing.assert_close(scales_of(optimizer), expected, rtol=10 * NORM_ERROR, atol=0)
         optimizer.step()
     # At least 6 * 150 squares of a Gaussian: 2.4 % standard error at most.
     assert ((squared / draws).sqrt() / expected - 1).abs().max() < 0.1
@@ -361,7 +361,7 @@ def test_torchtune_over_packed_codes() -> None:
     optimizer = optimizer_for(trainable(model), model)
     noisy = model(x)
     expected = SIGMA * layer.whole().detach().norm(dim=1) / 8**0.5
-    torch.testing.assert_close(optimizer._noises[0].scales, expected, rtol=10 * NORM_ERROR, atol=0)
+    torch.testing.assert_close(scales_of(optimizer), expected, rtol=10 * NORM_ERROR, atol=0)
     assert 0.02 < float((noisy - clean).detach().norm() / clean.norm()) < 0.6
     noisy.square().sum().backward()
     assert layer.lora_a.weight.grad.any()
@@ -471,7 +471,7 @@ def test_networks_outside_the_model(
     before = layer.weight.detach().clone()
     noisy = unet(x)
     expected = SIGMA * merged.norm(dim=1) / merged.shape[1] ** 0.5
-    torch.testing.assert_close(optimizer._noises[0].scales, expected, rtol=10 * NORM_ERROR, atol=0)
+    torch.testing.assert_close(scales_of(optimizer), expected, rtol=10 * NORM_ERROR, atol=0)
     assert 0.05 < float((noisy - clean).norm() / clean.norm()) < 0.5
     noisy.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in network.parameters())

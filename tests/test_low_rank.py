@@ -336,6 +336,18 @@ def test_double_backward() -> None:
     torch.testing.assert_close(second("virtual"), second("in_place"))
 
 
+def test_transforms_and_forward_mode_derivatives_see_the_noise() -> None:
+    def outputs(mode: str) -> list[Tensor]:
+        model, x = lora_mlp(), mlp_batch()[0]
+        with flatlora(model, mode=mode, noise="low_rank", auto=False, sigma=0.3).perturbed():
+            by_forward = torch.func.jvp(model, (x,), (torch.ones_like(x),))
+            by_backward = torch.func.vmap(torch.func.jacrev(model))(x)
+            return [*by_forward, by_backward, torch.func.vmap(model)(x)]
+
+    for virtual, in_place in zip(outputs("virtual"), outputs("in_place"), strict=True):
+        torch.testing.assert_close(virtual, in_place)
+
+
 def test_threads_that_share_the_weights_train_as_each_would_alone() -> None:
     shared = lora_mlp()
     memo = {id(p): p for p in shared.parameters() if not p.requires_grad}

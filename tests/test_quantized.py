@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flatlora_optim import FlatLoRAOptimizer
+from flatlora_optim import FlatLoRAOptimizer, LowRankNoise
 from helpers import NORM_ERROR, flatlora, gradients, randomize_adapters, trainable, with_lora
 
 INPUTS, OUTPUTS = 64, 96
@@ -734,8 +734,8 @@ def test_a_quantizer_of_unknown_shape_is_reported() -> None:
         flatlora(model)
 
 
-@pytest.mark.parametrize("source", ["gaussian", "low_rank"])
-def test_embedding_in_4_bits(source: str) -> None:
+@pytest.mark.parametrize("source", ["gaussian", LowRankNoise(64)], ids=["gaussian", "low_rank"])
+def test_embedding_in_4_bits(source: Any) -> None:
     layer = bnb.nn.EmbeddingNF4(32, 64).to("cpu")
     net = Net(layer)
     lora = OwnAround.__new__(OwnAround)

@@ -89,6 +89,14 @@ class FlatLoRACallback(TrainerCallback):  # type: ignore[misc]
         create = trainer.create_optimizer
 
         def create_optimizer(*args: Any, **kwargs: Any) -> Any:
+            config = trainer.args.hf_deepspeed_config
+            offloaded = config.get_value("zero_optimization.offload_optimizer.device", "none") != "none"
+            if offloaded and config.get_value("zero_force_ds_cpu_optimizer", True):
+                raise RuntimeError(
+                    "with the optimizer offloaded, Accelerate puts DeepSpeedCPUAdam in the place of the "
+                    "trainer's optimizer, and Flat-LoRA's: write \"zero_force_ds_cpu_optimizer\": false in "
+                    "DeepSpeed's config"
+                )
             made = create(*args, **kwargs)
             if made is not self.optimizer and hasattr(made, "param_groups"):
                 made = self._wrap(made, trainer.model, trainer.args)

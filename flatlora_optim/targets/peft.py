@@ -47,7 +47,9 @@ class PeftLoRA(Target):
         unknown = {type(variant).__name__ for variant in getattr(module, "lora_variant", {}).values()}
         unknown = {variant for variant in unknown if not variant.startswith(cls.VARIANTS)}
         if unknown:
-            raise UnsupportedAdapterError(f"{', '.join(unknown)} of PEFT does not add B @ A to the weight")
+            raise UnsupportedAdapterError(
+                f"{', '.join(unknown)} of PEFT does not add B @ A to the weight, as plain LoRA does"
+            )
         row_dim = 1 if _is_transposed(module, owner) else 0
         target = cls(name, module, owner, read_weight(owner, module, row_dim))
         target.delta()
@@ -198,7 +200,10 @@ def unknown_method(module: nn.Module) -> str | None:
         return None
     _, *path = type(module).__module__.split(".")
     method = path[1].upper() if path[:1] == ["tuners"] and path[1:] else type(module).__name__
-    return f"{method} adds no product to its weight, but changes the weight or the activations otherwise"
+    return (
+        f"{method} adds no product to its weight, as LoRA does, but changes the weight or the activations "
+        "otherwise"
+    )
 
 
 def _lora_pairs(module: nn.Module) -> dict[str, tuple[Any, Any]]:

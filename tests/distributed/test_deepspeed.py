@@ -22,7 +22,8 @@ from launch import launch, refusal
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
 STEPS, WINDOW = 4, 2
-KINDS = [(stage, dtype) for dtype in (torch.float32, torch.bfloat16) for stage in (0, 1, 2)]
+KINDS = [(stage, dtype, False) for dtype in (torch.float32, torch.bfloat16) for stage in (0, 1, 2)]
+KINDS += [(1, torch.float32, True), (2, torch.bfloat16, True)]  # with the optimizer's state offloaded
 
 
 def adamw(groups: Any) -> torch.optim.AdamW:
@@ -46,32 +47,36 @@ def loss_of(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(model(x).float(), y)
 
 
-def config_of(stage: int, dtype: torch.dtype) -> dict[str, Any]:
+def config_of(stage: int, dtype: torch.dtype, offload: bool = False) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": WINDOW,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {
+            "stage": stage,
+            **({"offload_optimizer": {"device": "cpu"}} if offload else {}),
+        },
+        "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == torch.bfloat16},
     }
 
 
-def start(model: nn.Module, optimizer: Any, stage: int, dtype: torch.dtype) -> Any:
+def start(model: nn.Module, optimizer: Any, *kind: Any) -> Any:
     import deepspeed
 
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config_of(stage, dtype))[0]
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config_of(*kind))[0]
 
 
-def flat_engine(stage: int, dtype: torch.dtype) -> tuple[nn.Module, FlatLoRAOptimizer, Any]:
+def flat_engine(stage: int, dtype: torch.dtype, offload: bool) -> tuple[nn.Module, FlatLoRAOptimizer, Any]:
     model = lora_mlp(dtype).train()
     optimizer = FlatLoRAOptimizer(
         adamw(groups_of(model)), model, sigma=0.2, schedule="linear", total_steps=STEPS, seed=3
     )
-    return model, optimizer, start(model, optimizer, stage, dtype)
+    return model, optimizer, start(model, optimizer, stage, dtype, offload)
 
 
-def with_deepspeed(stage: int, dtype: torch.dtype, folder: str) -> list[float]:
-    model, optimizer, engine = flat_engine(stage, dtype)
+def with_deepspeed(stage: int, dtype: torch.dtype, offload: bool, folder: str) -> list[float]:
+    model, optimizer, engine = flat_engine(stage, dtype, offload)
     assert optimizer.step_count == 0
     clean, losses = fingerprint(model), []
 
@@ -100,7 +105,7 @@ def with_deepspeed(stage: int, dtype: torch.dtype, folder: str) -> list[float]:
     losses += train(range(2, STEPS))
     weights = [p.detach().clone() for p in trainable(model)]
 
-    model, optimizer, engine = flat_engine(stage, dtype)
+    model, optimizer, engine = flat_engine(stage, dtype, offload)
     clean = fingerprint(model)
     engine.load_checkpoint(folder)
     assert optimizer.step_count == 2
@@ -165,11 +170,11 @@ def common_folder() -> str:
 def directly() -> dict[str, tuple[list[float], list[float]]]:
     set_up()
     return {
-        f"ZeRO-{stage}, {dtype}": (
-            with_deepspeed(stage, dtype, common_folder()),
+        f"ZeRO-{stage}, {dtype}, {offload=}": (
+            with_deepspeed(stage, dtype, offload, common_folder()),
             written_by_hand(stage, dtype),
         )
-        for stage, dtype in KINDS
+        for stage, dtype, offload in KINDS
     }
 
 
@@ -221,7 +226,7 @@ def test_through_accelerate(world: int) -> None:
 
 
 def trainer_of(
-    folder: str, stage: int | None, callback: Any, **options: Any
+    folder: str, stage: int | None, callback: Any, offload: dict[str, Any] | None = None, **options: Any
 ) -> tuple[Any, dict[str, Tensor]]:
     from transformers import Trainer, TrainingArguments
 
@@ -236,6 +241,9 @@ def trainer_of(
             "gradient_clipping": "auto",
             "zero_optimization": {"stage": stage},
         }
+    if deepspeed is not None and offload is not None:
+        deepspeed = {**deepspeed, **offload}
+        deepspeed["zero_optimization"] = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
     model = tiny_model()
     arguments = TrainingArguments(
         folder,
@@ -269,8 +277,10 @@ def through_transformers() -> dict[Any, list[float]]:
 
     from flatlora_optim.integrations.transformers import FlatLoRACallback
 
-    def run(stage: int | None, folder: str, checkpoint: str | None = None) -> list[float]:
-        trainer, clean = trainer_of(folder, stage, FlatLoRACallback(sigma=0.1))
+    def run(
+        stage: int | None, folder: str, checkpoint: str | None = None, offload: Any = None
+    ) -> list[float]:
+        trainer, clean = trainer_of(folder, stage, FlatLoRACallback(sigma=0.1), offload)
         trainer.train(resume_from_checkpoint=checkpoint)
         assert not changed_weights(trainer.model, clean)
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -288,6 +298,7 @@ def through_transformers() -> dict[Any, list[float]]:
         results[stage] = run(stage, folder)
         resumed = run(stage, folder, f"{folder}/checkpoint-2")
         assert resumed == results[stage][4:]
+    results["offloaded"] = run(2, common_folder(), offload={"zero_force_ds_cpu_optimizer": False})
     return results
 
 
@@ -295,7 +306,7 @@ def through_transformers() -> dict[Any, list[float]]:
 def test_through_transformers(world: int) -> None:
     """The same callback, with DeepSpeed and without."""
     for results in launch(through_transformers, world=world, timeout=280):
-        for stage in (0, 1, 2):
+        for stage in (0, 1, 2, "offloaded"):
             assert results[stage] == pytest.approx(results[None], abs=1e-5, rel=0), stage
 
 
@@ -325,6 +336,7 @@ def too_late() -> dict[str, str]:
     trainer = fresh(None)
     trainer.add_callback(FlatLoRACallback(sigma=0.1))
     messages["late"] = message_of(trainer.train)
+    messages["exchanged"] = message_of(fresh(FlatLoRACallback(sigma=0.1), offload={}).train)
     trainer = fresh(None)
     attach(trainer, sigma=0.1, schedule="constant")
     trainer.train()
@@ -345,6 +357,7 @@ def test_what_can_not_be_is_reported() -> None:
     (messages,) = launch(too_late, world=1)
     assert "has dropped the FlatLoRAOptimizer and would train with AdamW" in messages["dropped"]
     assert "attach(trainer, sigma=...)" in messages["late"]
+    assert '"zero_force_ds_cpu_optimizer": false' in messages["exchanged"]
     assert "build a new Trainer" in messages["twice"]
     for kind in ("ZeRO-3", "in ZeRO-3"):
         assert "ZeRO-3" in messages[kind]
