@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
 import warnings
@@ -15,10 +16,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.checkpoint import checkpoint
 
 from flatlora_optim import FlatLoRAOptimizer
+from flatlora_optim.optimizer import other_steps
 from helpers import (
     MLP_WEIGHTS,
     changed_weights,
@@ -39,7 +40,7 @@ BATCH = mlp_batch()
 def _nothing_is_left_watching() -> Iterator[None]:
     """An optimizer that outlives its test would refuse the steps of later ones."""
     yield
-    _global_optimizer_pre_hooks.clear()
+    other_steps._checks.clear()
 
 
 # ---------------------------------------------------------------------- other steppers
@@ -124,6 +125,21 @@ def test_a_forgotten_optimizer_forbids_nothing(model: nn.Module) -> None:
     loss_of(model, BATCH).backward()
     optimizers.clear()
     torch.optim.SGD(trainable(model), lr=0.1).step()
+
+
+def test_a_forgotten_optimizer_is_collected_in_the_middle_of_a_step(model: nn.Module) -> None:
+    """Its hook goes while torch iterates over the hooks of all optimizers."""
+    optimizer = flatlora(model)
+    optimizer.itself = optimizer  # type: ignore[attr-defined]
+    base, later = optimizer.base, flatlora(lora_mlp(seed=1))
+    gc.disable()
+    try:
+        loss_of(model, BATCH).backward()
+        del optimizer
+        base.step()
+    finally:
+        gc.enable()
+    assert later.step_count == 0
 
 
 def test_an_optimizer_with_an_attribute_of_any_kind_is_let_alone(optimizer: FlatLoRAOptimizer) -> None:

@@ -46,10 +46,14 @@ class FlatLoRACallback(Callback):
             raise ValueError("no optimizer of `configure_optimizers` holds parameters of a LoRA adapter")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        each_has = len(trainer.strategy.optimizers)  # Lightning counts the steps of all optimizers together
+        # `max_steps` and `global_step` count the steps of all optimizers together, the estimate batches.
+        each_has = len(trainer.strategy.optimizers)
+        total = trainer.estimated_stepping_batches
+        if trainer.max_steps > 0:
+            total = min(total, max(1, trainer.max_steps // each_has))
         for optimizer in self.optimizers:
-            if trainer.estimated_stepping_batches != float("inf"):
-                optimizer.total_steps = int(trainer.estimated_stepping_batches) // each_has
+            if 0 < total < float("inf"):  # else the length is not known
+                optimizer.total_steps = int(total)
             optimizer.step_count = trainer.global_step // each_has
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:

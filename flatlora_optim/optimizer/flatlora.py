@@ -329,7 +329,7 @@ class FlatLoRAOptimizer(Adoption):
 
     def _step_by(self, update: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What each step has in common, however it updates the adapters."""
-        self._forwards.running.clear()
+        self._forwards.forget_running()
         self._check_adapters()
         result = update(*args, **kwargs)
         self._end_step()

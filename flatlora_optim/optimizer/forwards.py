@@ -40,6 +40,8 @@ class Forwards:
         self._by_gradient = by_gradient
         self.running: list[int] = []
         """The ids of the entrances whose forwards are running, outermost first."""
+        self.compiled: list[int] = []
+        """The id of the outermost entrance, if its whole forward is compiled."""
         self._thread = 0
         self.explicit = False
         """Whether the user put the noise on. Then forwards in eval mode may train, too."""
@@ -62,6 +64,8 @@ class Forwards:
             self._inside(module, self._trains)
             return
         self._thread = threading.get_ident()
+        is_compiled = "_orig_mod" in module._modules or _modules_under_way() is None
+        self.compiled[:] = [id(module)] if is_compiled else []
         if _in_transform():
             self.in_transform = not self.explicit
             return  # weights can't be written inside of a transform
@@ -81,6 +85,8 @@ class Forwards:
             return
         last = len(self.running) - 1 - self.running[::-1].index(id(module))
         del self.running[last:]
+        if not self.running:
+            self.forget_running()
         if self.running and self._suspended_for is not module:
             return
         if self._suspended_for is not None:
@@ -143,9 +149,13 @@ class Forwards:
             self._suspended_for = None
             self._weights.resume()
 
+    def forget_running(self) -> None:
+        self.running.clear()
+        self.compiled.clear()
+
     def reset(self) -> None:
         """Forgets all forwards, because the weights are being restored."""
-        self.running.clear()
+        self.forget_running()
         self._suspended_for, self.explicit = None, False
 
     def step_ends(self) -> None:

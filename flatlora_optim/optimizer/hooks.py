@@ -74,13 +74,13 @@ class Detached:
 class _ForwardHook(_ModelHook):
     def __init__(self, optimizer: Owner) -> None:
         super().__init__(optimizer)
-        self._running = optimizer._forwards.running  # the list itself: the compiler guards what it reads
+        self._compiled = optimizer._forwards.compiled  # the list itself: the compiler guards what it reads
 
     def _is_traced_inside(self, module: nn.Module) -> bool:
-        """Whether the module is compiled as a part of a forward that has begun already. A forward that begins
+        """Whether the module is a part of a compiled forward that has begun already. A forward that begins
         there can't change the noise any more, and a hook would break the graph."""
-        running = self._running
-        return torch.compiler.is_compiling() and len(running) > 0 and running[0] != id(module)
+        compiled = self._compiled
+        return torch.compiler.is_compiling() and len(compiled) > 0 and compiled[0] != id(module)
 
 
 class _BeforeForward(_ForwardHook):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from .hooks import Owner
+from .hooks import Handle, Owner
 from .wrapper import OptimizerWrapper, changes_nothing, nested
 
 
-def watch(optimizer: Owner) -> RemovableHandle:
+def watch(optimizer: Owner) -> Handle:
     """From now on, another optimizer's step of its adapters is an error."""
     reference = weakref.ref(optimizer)
 
@@ -29,7 +31,30 @@ def watch(optimizer: Owner) -> RemovableHandle:
             "loop, trainer or GradScaler the FlatLoRAOptimizer, or call its close() first"
         )
 
-    return register_optimizer_step_pre_hook(check)
+    number = next(_numbers)
+    _checks[number] = check
+    if not _hook:
+        _hook.append(register_optimizer_step_pre_hook(_check_all))
+    return _Handle(number)
+
+
+_checks: dict[int, Callable[[Optimizer, Any, Any], None]] = {}
+_numbers = itertools.count()
+_hook: list[RemovableHandle] = []
+"""One for all: a finalizer may remove a check while torch iterates over its hooks, which torch forbids."""
+
+
+def _check_all(stepping: Optimizer, args: Any, kwargs: Any) -> None:
+    for check in list(_checks.values()):
+        check(stepping, args, kwargs)
+
+
+class _Handle:
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def remove(self) -> None:
+        _checks.pop(self._number, None)
 
 
 def _who_steps(stepping: Optimizer, optimizer: Owner | None) -> str | None:

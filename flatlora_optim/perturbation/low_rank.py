@@ -66,6 +66,8 @@ class LowRankPerturbation(VirtualPerturbation):
             if self._noise is None:  # called from a forward that was put around ours
                 return _own(module, weight, args, kwargs)
             self._see()
+            if self.is_called_by_users:
+                self._enter_uncompiled()
             x, y = first_of(args, kwargs), None
             if known in (dense_linear, bnb_4bit) and _is_alone(module, x):
                 y = _at_once(owner, weight, x, self.left, self.right)
@@ -87,7 +89,11 @@ class LowRankPerturbation(VirtualPerturbation):
 
     @at_tracing
     def _see(self) -> None:
-        self.was_seen = self._was_in_forward = True
+        self.was_seen = True
+
+    @uncompiled
+    def _enter_uncompiled(self) -> None:
+        self._enter()
 
     def apply(self, noise: Noise) -> Sequence[Part]:
         assert isinstance(noise, FactoredNoise)
@@ -120,13 +126,14 @@ class LowRankExperts(LowRankPerturbation):
 
     def _forward(self, target: Target) -> Forward:
         module, weight = target.computes, self.target.weight
+        assert isinstance(weight, ExpertsWeight)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             own = own_forward(module)
             if self._noise is None:
                 return own(*args, **kwargs)
             self._see()
-            with _parametrized(weight, _Sum(*self._factors())):
+            with _parametrized(weight, _Sum(weight.parameter, *self._factors())):
                 return own(*args, **kwargs)
 
         return forward
@@ -141,18 +148,21 @@ class LowRankExperts(LowRankPerturbation):
 
 
 class _Sum(nn.Module):
-    """A parametrization that adds a product to each matrix."""
+    """A parametrization that adds a product to each matrix, in place if PEFT has just computed it."""
 
-    def __init__(self, first: Tensor, second: Tensor) -> None:
+    def __init__(self, original: Tensor, first: Tensor, second: Tensor) -> None:
         super().__init__()
         self._factors = first, second
+        self._original = (original,)  # in a tuple, as it is no parameter of this module
 
     def forward(self, weight: Tensor) -> Tensor:
-        matrices = weight.view(-1, *weight.shape[-2:])
         with torch.autocast(weight.device.type, enabled=False):
-            if weight.is_leaf:
+            if weight is self._original[0] or _results_are_kept():
+                matrices = weight.view(-1, *weight.shape[-2:])
                 return torch.baddbmm(matrices, *self._factors).view_as(weight)
-            return matrices.baddbmm_(*self._factors).view_as(weight)  # PEFT has just computed it
+            if weight.ndim == 3:  # the backward pass of a view would copy the gradient
+                return weight.baddbmm_(*self._factors)
+            return weight.addmm_(*(factor[0] for factor in self._factors))
 
 
 @contextmanager
@@ -180,7 +190,13 @@ def _is_alone(module: nn.Module, x: Tensor) -> bool:
         or module.__dict__.get("flatlora_forward", (None,))[0]
         or torch._C._functorch.peek_interpreter_stack() is not None
         or unpack_dual(x).tangent is not None
+        or _results_are_kept()
     )
+
+
+def _results_are_kept() -> bool:
+    """Whether somebody may keep what single operations return, as selective checkpointing does."""
+    return bool(torch._C._len_torch_dispatch_stack() > 0)
 
 
 def _at_once(owner: Any, weight: FrozenWeight, x: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
@@ -188,7 +204,7 @@ def _at_once(owner: Any, weight: FrozenWeight, x: Tensor, left: Tensor, right: T
     if not isinstance(weight, DenseWeight):
         return bnb_4bit(owner, weight, None, x, (left, right))
     tensor = weight.tensor
-    if not (x.dtype == tensor.dtype == left.dtype) or is_sharded(tensor):
+    if not (x.dtype == tensor.dtype == left.dtype) or tensor.requires_grad or is_sharded(tensor):
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None
@@ -208,7 +224,7 @@ def _own(module: nn.Module, weight: FrozenWeight, args: tuple[Any, ...], kwargs:
 
 def _linear(owner: Any, weight: FrozenWeight, y: Tensor, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     thin = F.linear(x.to(y.dtype), right)
-    if is_sharded(y):
+    if is_sharded(y) or y.is_nested:
         return y + F.linear(thin, left)
     # One pass over the output.
     return torch.addmm(y.reshape(-1, y.shape[-1]), thin.reshape(-1, thin.shape[-1]), left.T).view(y.shape)

@@ -10,6 +10,7 @@ noise comes on top: ``x eps^T`` for a linear layer.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
@@ -49,7 +50,8 @@ class VirtualPerturbation(Perturbation):
     def __init__(self, target: Target, source: NoiseSource) -> None:
         super().__init__(target, source)
         self._noise: Noise | None = None
-        self._was_in_forward = False
+        self._in_forward: set[int] = set()
+        """The threads whose call of the layer has gone through our forward."""
         self._handles: list[RemovableHandle] = []
         self.was_seen = False
         self._after: dict[nn.Module, Callable[..., Tensor]] = {}
@@ -76,7 +78,8 @@ class VirtualPerturbation(Perturbation):
                 clean: Tensor = own(*args, **kwargs)
                 return clean
             refuse_capture(self.target.weight.device)
-            self.was_seen = self._was_in_forward = True
+            self.was_seen = True
+            self._enter()
             x = first_of(args, kwargs)
             if instead is not None and getattr(own, "__func__", None) is type(module).forward:
                 return instead(target.owner, weight, noise, x)
@@ -92,12 +95,17 @@ class VirtualPerturbation(Perturbation):
         # Tracing would bake one step's noise into the graph.
         return uncompiled(forward)
 
+    def _enter(self) -> None:
+        if self.is_called_by_users:  # else nobody asks
+            self._in_forward.add(threading.get_ident())
+
     def _call_after(self, with_noise: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
         """A hook for a module's call that had looked up its forward before the noise came."""
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            was_in_forward, self._was_in_forward = self._was_in_forward, False
-            if was_in_forward or self._noise is None:
+            thread = threading.get_ident()
+            if thread in self._in_forward or self._noise is None:
+                self._in_forward.discard(thread)
                 return output
             refuse_capture(self.target.weight.device)
             self.was_seen = True
@@ -108,7 +116,8 @@ class VirtualPerturbation(Perturbation):
     def apply(self, noise: Noise) -> Sequence[Part]:
         if any("flatlora_forward" in module.__dict__ for module in self._forwards):
             raise self.already_noisy()
-        self._noise, self._was_in_forward = noise, False
+        self._noise = noise
+        self._in_forward.clear()
         for module, forward in self._forwards.items():
             _replace_forward(module, forward)
             if self.is_called_by_users and (after := self._after.get(module)) is not None:

@@ -194,10 +194,12 @@ class PeftAdditive(Target):
         return _sum_of_deltas(self, self._active())
 
 
-def unknown_method(module: nn.Module) -> str | None:
+def unknown_method(module: Any) -> str | None:
     """Why a PEFT layer of no known type has no noise. None if the module is no PEFT layer."""
     if not has(module, "base_layer", "active_adapters", "adapter_layer_names"):
         return None
+    if not any(len(getattr(module, name, ())) for name in module.adapter_layer_names):
+        return None  # all of its adapters were deleted
     _, *path = type(module).__module__.split(".")
     method = path[1].upper() if path[:1] == ["tuners"] and path[1:] else type(module).__name__
     return (

@@ -167,3 +167,28 @@ def test_fullgraph_needs_the_compiled_model_or_the_explicit_style() -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_pass_without_gradients_outside_of_the_graph_is_clean() -> None:
+    """An eager forward calls a compiled part of the model twice: for a reference, and to train."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = with_peft()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.reference = self.inner(x)
+            return self.inner(x)
+
+    outer, x = Outer(), inputs()
+    clean = outer.inner(x).detach()
+    optimizer = flat_optimizer(outer)
+    outer.inner.compile(backend="eager")
+    for _ in range(2):
+        noisy = outer(x)
+        torch.testing.assert_close(outer.reference, clean)
+        assert (noisy - clean).abs().max() > 1e-3
+        noisy.sum().backward()
+        optimizer.restore()

@@ -167,17 +167,21 @@ class TwoOptimizers(Module):
 
 
 def test_wraps_the_optimizer_that_holds_the_adapters(tmp_path: Path) -> None:
-    module = TwoOptimizers()
+    """Both step in each batch, so that Lightning counts twice as many steps."""
+    module, callback = TwoOptimizers(), FlatLoRACallback(sigma=0.1, schedule="constant")
+    totals = []
+    module.on_train_batch_start = lambda *_: totals.append(callback.optimizers[0].total_steps)
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=1,
-        callbacks=[FlatLoRACallback(sigma=0.1, schedule="constant")],
+        callbacks=[callback],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(module, torch.utils.data.DataLoader(token_batches(3), batch_size=None))
+    assert totals == [3, 3, 3]
     assert module.kinds == [FlatLoRAOptimizer, torch.optim.SGD]
     assert set(module.watch.uses) == {("train", True), ("backward", True)}
     assert module.watch.is_clean()
