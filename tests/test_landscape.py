@@ -289,7 +289,8 @@ def test_quantized_weights_get_the_noise_of_the_optimizer() -> None:
         torch.optim.SGD(trainable(model)), model, sigma=0.1, schedule="constant", seed=1
     )
     with optimizer.perturbed():
-        assert float(measured.samples[0]) == float(quantized_loss(model))
+        # With gradients, the thin products are added elsewhere than without.
+        assert float(measured.samples[0]) == pytest.approx(float(quantized_loss(model)), rel=1e-6)
 
 
 def test_repacked_weights_are_measured_alike_and_stay_repacked() -> None:

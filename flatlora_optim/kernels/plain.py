@@ -194,8 +194,10 @@ def squared_norms_of(product: Product) -> Tensor:
     matrix, (left, right) = product.matrix(), product.factors()
     out = torch.empty(len(matrix), dtype=torch.float32, device=matrix.device)
     for rows in row_chunks(matrix):
-        values = scratch("values", matrix[rows].shape, torch.float32, matrix.device).copy_(matrix[rows])
-        out[rows] = values.addmm_(left[rows], right).square_().sum(1)
+        values = scratch("values", matrix[rows].shape, torch.float32, matrix.device)
+        # Not `addmm`: after a moment without memory, its last bits may be others.
+        torch.mm(left[rows], right, out=values)
+        out[rows] = values.add_(matrix[rows]).square_().sum(1)
     return out
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..kernels.part import Part, refuse_capture
 from ..kernels.threads import lasting_empty
@@ -195,8 +196,12 @@ def _is_alone(module: nn.Module, x: Tensor) -> bool:
 
 
 def _results_are_kept() -> bool:
-    """Whether somebody may keep what single operations return, as selective checkpointing does."""
-    return bool(torch._C._len_torch_dispatch_stack() > 0)
+    """Whether selective checkpointing keeps what single operations return: it must not be written again."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    return any(
+        type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack()
+    )
 
 
 def _at_once(owner: Any, weight: FrozenWeight, x: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
