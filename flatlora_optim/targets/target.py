@@ -48,8 +48,8 @@ class Target:
         """Further adapter layers on the same weight, which is perturbed once for all of them."""
         self.first_block = 0
         self.computes = owner
-        """The module whose forward computes with the weight: the owner, or the adapter layer if it reads the
-        weight without calling the owner's forward."""
+        """The module whose forward computes with the weight. That is the owner, or the adapter layer if it
+        reads the weight without calling the owner's forward."""
 
     @classmethod
     def match(cls, name: str, module: nn.Module) -> Target | None:
