@@ -64,7 +64,7 @@ def complaint_of(target: Target) -> str | None:
     if expected.any():
         # Each output is a sum of many rounded products.
         tolerance += (1 + weight.columns**0.5 / 4) * _rounding(expected, other)
-    if tolerance > 0.5:
+    if not tolerance <= 0.5:  # nor is it if norms overflowed
         return None  # rounding would hide it
     actual, expected = (output - other).cpu().double().flatten(), expected.cpu().double().flatten()
     if actual.shape != expected.shape or not (actual.isfinite().all() and expected.isfinite().all()):
