@@ -87,7 +87,7 @@ class Forwards:
         del self.running[last:]
         if not self.running:
             self.forget_running()
-        if self.running and self._suspended_for is not module:
+        elif self._suspended_for is not module:
             return
         if self._suspended_for is not None:
             self.resume()

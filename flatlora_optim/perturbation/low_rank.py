@@ -68,7 +68,7 @@ class LowRankPerturbation(VirtualPerturbation):
                 return _own(module, weight, args, kwargs)
             self._see()
             if self.is_called_by_users:
-                self._enter_uncompiled()
+                self._enter()
             x, y = first_of(args, kwargs), None
             if known in (dense_linear, bnb_4bit) and _is_alone(module, x):
                 y = _at_once(owner, weight, x, self.left, self.right)
@@ -91,10 +91,6 @@ class LowRankPerturbation(VirtualPerturbation):
     @at_tracing
     def _see(self) -> None:
         self.was_seen = True
-
-    @uncompiled
-    def _enter_uncompiled(self) -> None:
-        self._enter()
 
     def apply(self, noise: Noise) -> Sequence[Part]:
         assert isinstance(noise, FactoredNoise)

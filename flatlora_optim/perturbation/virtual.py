@@ -79,7 +79,8 @@ class VirtualPerturbation(Perturbation):
                 return clean
             refuse_capture(self.target.weight.device)
             self.was_seen = True
-            self._enter()
+            if self.is_called_by_users:
+                self._enter()
             x = first_of(args, kwargs)
             if instead is not None and getattr(own, "__func__", None) is type(module).forward:
                 return instead(target.owner, weight, noise, x)
@@ -95,9 +96,9 @@ class VirtualPerturbation(Perturbation):
         # Tracing would bake one step's noise into the graph.
         return uncompiled(forward)
 
+    @uncompiled
     def _enter(self) -> None:
-        if self.is_called_by_users:  # else nobody asks
-            self._in_forward.add(threading.get_ident())
+        self._in_forward.add(threading.get_ident())
 
     def _call_after(self, with_noise: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
         """A hook for a module's call that had looked up its forward before the noise came."""

@@ -74,16 +74,19 @@ def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lamb
         if target is not None and attention is not None:
             found.skipped[name] = f"PEFT merges it in each forward of the attention layer {attention}"
             continue
-        if target is not None and (weight := target.weight.identity()) not in first_blocks:
-            first_blocks[weight] = block
-            block += target.weight.grid().blocks
+        if target is not None:
+            weight = target.weight.identity()
+            if weight not in first_blocks:
+                first_blocks[weight] = block
+                block += target.weight.grid().blocks
+            target.first_block = first_blocks[weight]
         reason = unknown_method(module) if target is None else accept(target)
         if reason is not None:
             found.skipped[name] = reason
         if target is None or reason is not None:
             continue
         _check(target)
-        first = by_weight.setdefault(target.weight.identity(), target)
+        first = by_weight.setdefault(weight, target)
         if first is target:
             found.targets.append(target)
         elif first.weight.row_dim == target.weight.row_dim:
@@ -95,8 +98,6 @@ def find_targets(model: nn.Module, accept: Callable[[Target], str | None] = lamb
     if not found.targets and not found.skipped:
         check_network(model)
     _check_overlap(found.targets)
-    for target in found.targets:
-        target.first_block = first_blocks[target.weight.identity()]
     return found
 
 
