@@ -1,8 +1,8 @@
 """Where does Flat-LoRA help, and by how much? The study that benchmarks/study/PLAN.md lays out.
 
     python benchmarks/generalization.py                      # what is missing, about 10 hours of one core
-    python benchmarks/generalization.py --cell MNIST         # the cells whose names have this in them:
-                                                             # one process for each core
+    python benchmarks/generalization.py --cell MNIST         # the cells whose names have one of these in
+                                                             # them: one process for each core
     python benchmarks/generalization.py --device cuda        # a language model of full size, 8 minutes
     python benchmarks/generalization.py --quick              # some minutes, to see that it runs
     python benchmarks/generalization.py --report             # only write the report again
@@ -84,7 +84,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cell", default="", help="only cells whose name contains this")
+    parser.add_argument("--cell", nargs="+", default=[""], help="only cells whose name contains one of these")
     parser.add_argument(
         "--device", default="cpu", help="cuda: the cells of full size, with their own results"
     )
@@ -110,7 +110,8 @@ def main() -> None:
     clock = Clock(args.minutes or (math.inf if args.device == "cpu" else 8))
     if not args.report:
         with tqdm(unit="run") as bar, suppress(OutOfTimeError):
-            for cell, stage in grid.stages([cell for cell in mine if args.cell in cell.name], results):
+            chosen = [cell for cell in mine if any(part in cell.name for part in args.cell)]
+            for cell, stage in grid.stages(chosen, results):
                 make(cell, stage(), results, bar, clock)
     for path in report.write(folder, everything, results):
         print(path)

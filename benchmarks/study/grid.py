@@ -157,7 +157,7 @@ CELLS = (
     vision("MNIST", 100, 0, curve=SIGMAS),
     vision("MNIST", 100, 20, curve=SIGMAS),
     sentences(300, 20, curve=(0.2, 0.4, 0.8, 1.2, 1.6, 2.4)),
-    sentences(300, 0, curve=(0.4, 0.8, 1.2, 1.6)),
+    sentences(300, 0, curve=(0.4, 0.8, 1.2, 1.6), methods=FEW),
     answers("SmolLM2 on reviews", ANSWERS, 20, curve=(0.1, 0.2, 0.4, 0.8), fixed=(0.003, 200)),
     sentences(1000, 20, tuned_as="sentiment, 300 examples, 20 % wrong", methods=FEW),
 )
@@ -224,25 +224,23 @@ def chosen(cell: Cell, results: Results) -> dict[str, tuple[float, int, float]]:
     return best
 
 
-def curve(cell: Cell, seeds: range | None = None) -> list[Key]:
-    """LoRA and Flat-LoRA at fixed settings, over sigma; all seeds unless some are named."""
-    points = [(cell.fixed[1], sigma) for sigma in cell.curve and (0.0, *cell.curve)]
-    return _at(cell, points, seeds or range(cell.seeds))
+def curve(cell: Cell) -> list[Key]:
+    """LoRA and Flat-LoRA at fixed settings, over sigma."""
+    return _at(cell, [(cell.fixed[1], sigma) for sigma in cell.curve and (0.0, *cell.curve)])
 
 
 def lengths(cell: Cell) -> list[Key]:
     """The same over the length of training."""
-    points = [(steps, sigma) for steps in cell.lengths for sigma in (0.0, *LENGTH_SIGMAS)]
-    return _at(cell, points, range(cell.seeds))
+    return _at(cell, [(steps, sigma) for steps in cell.lengths for sigma in (0.0, *LENGTH_SIGMAS)])
 
 
-def _at(cell: Cell, points: list[tuple[int, float]], seeds: range) -> list[Key]:
+def _at(cell: Cell, points: list[tuple[int, float]]) -> list[Key]:
     """All points for a block of seeds before the next block."""
     return [
         Key(cell.name, "curve", Run("Flat-LoRA" if sigma else BASELINE, cell.fixed[0], steps, sigma, seed))
-        for first in range(seeds.start, seeds.stop, cell.together)
+        for first in range(0, cell.seeds, cell.together)
         for steps, sigma in points
-        for seed in range(first, min(first + cell.together, seeds.stop))
+        for seed in range(first, min(first + cell.together, cell.seeds))
     ]
 
 
@@ -261,19 +259,19 @@ Stage = Callable[[], list[Key]]
 
 
 def stages(cells: Sequence[Cell], results: Results) -> Iterator[tuple[Cell, Stage]]:
-    """All runs in the order in which they are made, task by task: some seeds of all cells come first.
+    """All runs in the order in which they are made: curves, then task by task some seeds of all cells first.
 
     What is final is known when tuning has been done: hence functions.
     """
+    for cell in cells:
+        yield cell, partial(curve, cell)
     for task in dict.fromkeys((cell.task, not cell.tuned_as) for cell in cells):
         group = [cell for cell in cells if (cell.task, not cell.tuned_as) == task]
         for cell in group:
-            yield cell, partial(curve, cell, range(cell.together))
             if not cell.tuned_as:
                 yield cell, partial(tuning, cell)
             yield cell, partial(final, cell, results, range(cell.together))
         for cell in group:
-            yield cell, partial(curve, cell)
             yield cell, partial(final, cell, results, range(cell.seeds))
             yield cell, partial(lengths, cell)
 

@@ -40,6 +40,7 @@ class LanguageTask(Task):
 
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     rank = 8
+    flatness_examples = 25
     adapted = 2
     """How many of the 30 layers carry adapters."""
 

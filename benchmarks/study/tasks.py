@@ -135,6 +135,7 @@ class Sentiment(Task):
     in_domain = "movies"
     out_of_domain = ("Amazon", "NYT", "tweets")
     targets, heads, rank = ("query", "key", "value", "dense"), ("head",), 8
+    flatness_examples = 40
     LAYERS_LEFT_ALONE = 4
     LONGEST = 32
     TESTS = 400
