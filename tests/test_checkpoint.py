@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from flatlora_optim import FlatLoRAOptimizer, NoiseTable
+from flatlora_optim import FlatLoRAOptimizer, LowRankNoise, NoiseSource, NoiseTable
 from helpers import changed_weights, fingerprint, flatlora, lora_mlp, loss_of, mlp_batch, train, trainable
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -174,15 +174,27 @@ def test_going_on_with_other_noise_is_reported() -> None:
     again.load_state_dict(other.state_dict())
 
 
-def test_a_table_of_another_size_is_other_noise() -> None:
-    def with_table(size: int) -> tuple[nn.Module, FlatLoRAOptimizer]:
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (
+            NoiseTable(1 << 12),
+            NoiseTable(1 << 13),
+            r"NoiseTable\(size=4096\), .* from NoiseTable\(size=8192\)",
+        ),
+        (LowRankNoise(4), LowRankNoise(2), r"LowRankNoise\(rank=4\), .* from LowRankNoise\(rank=2\)"),
+    ],
+    ids=["table", "low rank"],
+)
+def test_noise_of_another_size_is_other_noise(before: NoiseSource, now: NoiseSource, message: str) -> None:
+    def with_noise(noise: NoiseSource) -> tuple[nn.Module, FlatLoRAOptimizer]:
         model = lora_mlp()
-        return model, flatlora(model, base=torch.optim.AdamW, noise=NoiseTable(size))
+        return model, flatlora(model, base=torch.optim.AdamW, noise=noise)
 
-    model, optimizer = with_table(1 << 12)
+    model, optimizer = with_noise(before)
     train(model, optimizer, range(2))
-    with pytest.warns(UserWarning, match=r"NoiseTable\(size=4096\), .* from NoiseTable\(size=8192\)"):
-        with_table(1 << 13)[1].load_state_dict(optimizer.state_dict())
+    with pytest.warns(UserWarning, match=message):
+        with_noise(now)[1].load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("searches", [(None, "strong_wolfe"), ("strong_wolfe", None)])
