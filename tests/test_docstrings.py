@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+from importlib.util import find_spec
 from types import ModuleType
 
 import pytest
@@ -13,14 +14,17 @@ import torch
 import flatlora_optim
 from helpers import flatlora, lora_mlp, mlp_batch
 
-# Each needs a package to be imported that is not here.
-ELSEWHERE = {
-    f"flatlora_optim.{name}" for name in ("kernels.triton", "integrations.axolotl", "integrations.composer")
+NEEDS = {
+    "integrations.axolotl": "axolotl",
+    "integrations.composer": "composer",
+    "integrations.lightning": "lightning",
+    "kernels.triton": "a GPU",
+    "landscape.plot": "matplotlib",
 }
 MODULES = [
     info.name
     for info in pkgutil.walk_packages(flatlora_optim.__path__, "flatlora_optim.")
-    if info.name not in ELSEWHERE
+    if (needed := NEEDS.get(info.name.partition(".")[2])) is None or find_spec(needed)
 ]
 WITH_EXAMPLES = {"FlatLoRAOptimizer", "perturbed", "clean", "register", "expected_loss"}
 
