@@ -45,7 +45,7 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml
 demo: $(VENV)/.demo  ## Compare LoRA, Flat-LoRA and SAM on digits, ten seeds each (a few minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python examples/compare.py
 
-demo-readme: $(VENV)/.demo  ## The same, and write its table into README.md
+demo-readme: $(VENV)/.demo  ## The same, and write its table and pictures into README and docs
 	@OMP_NUM_THREADS=1 $(BIN)/python examples/compare.py --write-readme
 
 qlora: $(VENV)/.examples  ## Fine-tune a 4-bit SmolLM2 on arithmetic, with and without Flat-LoRA

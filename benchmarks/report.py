@@ -201,7 +201,7 @@ def plot(parts: Results, path: Path) -> bool:
         ax.yaxis.set_minor_formatter("{x:g}")
         ax.grid(True, which="both", alpha=0.3)
     labels = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}  # noqa: B905
-    figure.legend(labels.values(), labels, loc="outside lower center", ncols=6, fontsize=8)
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=4, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -11,7 +11,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 
 project = "flatlora-optim"
-author = "The flatlora-optim developers"
+author = project_copyright = "The flatlora-optim developers"
 release = version = installed_version(project)
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]

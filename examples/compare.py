@@ -3,7 +3,7 @@
     python examples/compare.py                               # digits; a few minutes on 2 CPU cores
     python examples/compare.py --task examples/sentiment.py  # MiniLM on movie reviews
     python examples/compare.py --task my_task.py --sigma 0.1 --seeds 3
-    python examples/compare.py --write-readme                # writes the table into README.md
+    python examples/compare.py --write-readme                # writes table and pictures of README and docs
 
 A task of your own is a file with a class ``Task`` that has the public members of that in ``digits.py``.
 A seed fixes the initial adapter, the data and its order, the dropout and the noise, so that methods can be
@@ -51,7 +51,12 @@ from sam import SAM
 BASELINE = "LoRA"
 METHODS = (BASELINE, "Flat-LoRA", "LoRA + SAM")
 README = Path(__file__).parents[1] / "README.md"
-PICTURE = "benchmarks/figures/demo.png"
+PICTURES = {
+    "expected_loss": "benchmarks/figures/demo.png",
+    "slices": "docs/figures/slices.png",
+    "planes": "docs/figures/planes.png",
+}
+"""Where README and docs show them."""
 MARKS = "<!-- demo: begin", "<!-- demo: end -->"
 
 
@@ -227,7 +232,7 @@ def markdown(
         f"{task.title[0].upper()}{task.title[1:]}; {args.steps} steps, lr {args.lr:g}, σ = {args.sigma:g}, "  # noqa: RUF001
         f"ρ = {args.rho:g}. Mean of {args.seeds} seeds ± half of the 95 % interval; differences are "  # noqa: RUF001
         f"paired by seed, bold where the interval excludes 0.\n\n{table}\n\n"
-        f"![Loss increase over sigma for LoRA, Flat-LoRA and SAM]({PICTURE})\n\n"
+        f"![Loss increase over sigma for LoRA, Flat-LoRA and SAM]({PICTURES['expected_loss']})\n\n"
         f"Written by `make demo-readme` at commit {at}, in {minutes:.0f} minutes of one core.\n{MARKS[1]}"
     )
 
@@ -257,7 +262,10 @@ def draw(results: dict[str, list[Result]], folder: Path, args: argparse.Namespac
     planes = {name: several[0].plane for name, several in results.items() if several[0].plane is not None}
     if planes:
         slices = {name: several[0].slices for name, several in results.items()}
-        pictures |= {"slices": plot_slice_1d(slices, sigma=args.sigma), "planes": plot_slice_2d(planes)[0]}
+        pictures |= {
+            "slices": plot_slice_1d(slices, sigma=args.sigma),
+            "planes": plot_slice_2d(planes, levels=6)[0],
+        }
     paths = []
     for name, ax in pictures.items():
         paths.append(folder / f"{name}.png")
@@ -295,7 +303,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--noises", type=positive, default=8, help="draws of the noise for each point of the picture")
     add("--quick", action="store_true", help="a few steps of two seeds, to see that it runs")
     add("--output", type=Path, default=Path("outputs/compare"), help="where the pictures go")
-    add("--write-readme", action="store_true", help="write the table and the picture of the README")
+    add("--write-readme", action="store_true", help="write the table and the pictures of README and docs")
     args = parser.parse_args(argv)
     # Of sigma, where the expected loss is measured: the last is sigma itself.
     args.shares, args.directions, args.points = (0.1, 0.25, 0.5, 0.75, 1.0), 8, 17
@@ -348,7 +356,8 @@ def main() -> None:
     console.print(*pictures, sep="\n")
     if args.write_readme:
         write_readme(markdown(results, task, args, minutes, at))
-        shutil.copy(pictures[0], README.parent / PICTURE)
+        for picture in pictures:
+            shutil.copy(picture, README.parent / PICTURES[picture.stem])
 
 
 if __name__ == "__main__":

@@ -149,6 +149,7 @@ def test_a_task_of_ones_own_is_compared_and_drawn(tmp_path: Path) -> None:
     assert "mine" in str(compare.printed(results, mine, args).title)
     paths = compare.draw(results, tmp_path / "pictures", args)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    assert [path.stem for path in paths] == list(compare.PICTURES)
 
 
 def test_sentences_are_compared_in_the_same_way() -> None:
