@@ -28,7 +28,7 @@ UNTUNED = ("LoRA", "early stopping")
 """Methods without a strength: they are tuned over as many learning rates and lengths instead."""
 FIRST_TUNING_SEED = 1000
 FEW = ("LoRA", "LoRA + SAM", "Flat-LoRA", "Flat-LoRA, low rank")
-"""Compared where a run is long."""
+"""Compared first, and alone where a run is long."""
 
 
 @dataclass(frozen=True)
@@ -197,11 +197,12 @@ class Results:
 # ---------------------------------------------------------------------- phases
 
 
-def tuning(cell: Cell) -> list[Key]:
+def tuning(cell: Cell, methods: Sequence[str] = tuple(METHODS)) -> list[Key]:
     seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + cell.grid.seeds)
     return [
         Key(cell.name, "tuning", Run(method, lr, steps, strength, seed))
         for method in cell.methods
+        if method in methods
         for lr, steps, strength in cell.grid.settings(method)
         for seed in seeds
     ]
@@ -267,12 +268,14 @@ def stages(cells: Sequence[Cell], results: Results) -> Iterator[tuple[Cell, Stag
         yield cell, partial(curve, cell)
     for task in dict.fromkeys((cell.task, not cell.tuned_as) for cell in cells):
         group = [cell for cell in cells if (cell.task, not cell.tuned_as) == task]
+        for methods in (FEW, tuple(METHODS)):
+            for cell in group:
+                if not cell.tuned_as:
+                    yield cell, partial(tuning, cell, methods)
+                yield cell, partial(final, cell, results, range(cell.together))
+            for cell in group:
+                yield cell, partial(final, cell, results, range(cell.seeds))
         for cell in group:
-            if not cell.tuned_as:
-                yield cell, partial(tuning, cell)
-            yield cell, partial(final, cell, results, range(cell.together))
-        for cell in group:
-            yield cell, partial(final, cell, results, range(cell.seeds))
             yield cell, partial(lengths, cell)
 
 

@@ -434,7 +434,8 @@ def draw_curves(cells: Sequence[Compared], path: Path) -> Path:
         ax.axhline(0, color="gray", linewidth=1)
         ax.set_title(c.cell.name, fontsize=11)
         ax.set_xlabel("σ of Flat-LoRA", fontsize=12)
-        ax.set_ylabel("accuracy − LoRA's, %", fontsize=12)
+        if ax.get_subplotspec().is_first_col():
+            ax.set_ylabel("accuracy − LoRA's, %", fontsize=12)
         ax.tick_params(labelsize=11)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=12)
     return _saved(figure, path)
