@@ -566,7 +566,7 @@ def norms_kernel(
                 w = _unpacked_pairs(entry + 8, place, row[:, None] < rows, SIZE, OUTER, COLUMNS)
             else:
                 place += tl.arange(0, COLUMNS)[None, :]
-                w = _unpacked(entry + 8, place, is_there, SIZE, OUTER)
+                w = tl.where(is_there, _unpacked(entry + 8, place, is_there, SIZE, OUTER), 0.0)
         else:
             w = tl.load(at, mask=is_there, other=0.0).to(tl.float32)
         a = _right(terms + first_term * 8, column, columns, FACTORS, RIGHT, RANK)
