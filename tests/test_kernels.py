@@ -543,10 +543,10 @@ def test_a_weight_in_4_bits_that_is_stored_in_another_way_is_left_to_bitsandbyte
     change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = quantized(1)[0]
-    monkeypatch.setattr(quantized_weights, "_is_meant_so", {})
+    monkeypatch.setattr(quantized_weights, "_values", {})
     weight, state = Bnb4bitWeight(layer), layer.weight.quant_state
     assert weight.packed() is not None
-    quantized_weights._is_meant_so.clear()
+    quantized_weights._values.clear()
     if change == "layout":  # the two elements of a byte come the other way round
         original = weight._functional.dequantize_4bit
         swapped = lambda codes, state: original(codes >> 4 | codes << 4, state)  # noqa: E731

@@ -15,8 +15,8 @@ from ...kernels.part import Packed
 from ...kernels.plain import Product
 from .base import Delta, FrozenWeight, fingerprint_of
 
-_is_meant_so: dict[tuple[Any, ...], bool] = {}
-"""Of layouts that kernels read: whether bitsandbytes reads them so, too."""
+_values: dict[tuple[Any, ...], Tensor | None] = {}
+"""The 16 numbers of each layout; None if bitsandbytes reads it in another way than kernels do."""
 
 
 class Bnb4bitWeight(FrozenWeight):
@@ -70,9 +70,10 @@ class Bnb4bitWeight(FrozenWeight):
         if not has_triton(self.device) or (packed := self._packed()) is None:
             return None
         layout = packed.device, packed.shape, self._quant_state().quant_type, packed.size, packed.outer_size
-        if layout not in _is_meant_so:  # waits once
-            _is_meant_so[layout] = self._begins_as(packed)
-        return packed if _is_meant_so[layout] else None
+        if layout not in _values:  # waits once
+            _values[layout] = packed.values if self._begins_as(packed) else None
+        values = _values[layout]
+        return None if values is None else packed._replace(values=values)
 
     def _packed(self) -> Packed | None:
         """The tensors as releases up to 0.50 store them; None if these are others."""
