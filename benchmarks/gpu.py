@@ -359,8 +359,8 @@ def _llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tiny = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
+        "hidden_size": 64,
+        "intermediate_size": 64,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "vocab_size": 64,

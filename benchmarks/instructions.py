@@ -25,7 +25,8 @@ from triton.compiler import ASTSource
 from flatlora_optim.kernels import jit
 from flatlora_optim.kernels import triton as kernels
 
-KERNELS = ("perturb", "restore", "norms", "checksum", "fill")
+KERNELS = ("perturb", "restore", "norms", "checksum", "fill", "perturb NF4", "norms NF4")
+"""Those of NF4 are for double quantization; W + eps goes elsewhere, without a journal."""
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 BARS = {"perturb": 90, "restore": 80}
 
@@ -44,17 +45,21 @@ def compiled(kernel: str, dtype: str, capability: int, regular: bool = False) ->
         "starts": "*i64",
         "counts": "*i32",
     }
+    kernel, _, packed = kernel.partition(" ")
+    sizes = {"SIZE": 64, "OUTER": 256} if packed else {"SIZE": 0, "OUTER": 0}
     flags = {"DTYPE": DTYPES[dtype], "KEEP": jit.JOURNAL, "REGULAR": regular, "TILE": kernels.TILE}
     options = kernels._EXACT | {"num_warps": kernels.WARPS}
     if kernel == "perturb":
         arguments = where | words | journal | {"control": "*i64"}
-        constants = flags | {"BITS": bits, "THREADS": 32 * kernels.WARPS}
+        constants = flags | sizes | {"BITS": bits, "THREADS": 32 * kernels.WARPS}
+        if packed:
+            constants |= dict.fromkeys((*journal, "control")) | {"KEEP": jit.NOTHING}
     elif kernel == "restore":
         arguments, constants = where | words | journal, flags
     elif kernel == "norms":
         arguments = {"table": "*i64", "entries": "*i32", "terms": "*i64", "factors": "*fp32", "out": "*fp32"}
         constants = {"DTYPE": DTYPES[dtype], "LEFT": tl.float32, "RIGHT": tl.float32, "FACTORS": tl.bfloat16}
-        constants |= {"RANK": 16, "IS_ONE": regular, "TRANSPOSED": False}
+        constants |= sizes | {"ALIGNED": bool(packed), "RANK": 16, "IS_ONE": regular, "TRANSPOSED": False}
         constants |= {"ROWS": kernels._ROWS, "COLUMNS": kernels._COLUMNS}
         options = {"num_warps": kernels._NORM_WARPS}
     elif kernel == "checksum":
@@ -81,7 +86,7 @@ def instructions(binary: Any) -> list[str]:
 def per_element(kernel: str, dtype: str, capability: int) -> float:
     """Instructions that a thread executes for each element of a weight."""
     elements, warps = kernels.TILE, kernels.WARPS
-    if kernel == "norms":
+    if kernel.startswith("norms"):
         elements, warps = kernels._ROWS * kernels._COLUMNS, kernels._NORM_WARPS
     found = instructions(compiled(kernel, dtype, capability, regular=True))
     return len(found) * 32 * warps / elements
@@ -92,10 +97,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
-    print("| GPU | dtype | perturb, with journal | restore | norms at rank 16 |\n|---|---|---|---|---|")
+    columns = {
+        "perturb": "perturb, with journal",
+        "restore": "restore",
+        "norms": "norms at rank 16",
+        "perturb NF4": "W + eps of NF4",
+        "norms NF4": "norms of NF4",
+    }
+    print(f"| GPU | dtype | {' | '.join(columns.values())} |\n|---|---|{'---|' * len(columns)}")
     for capability in parser.parse_args().capability:
         for dtype in DTYPES:
-            counts = [per_element(kernel, dtype, capability) for kernel in ("perturb", "restore", "norms")]
+            counts = [per_element(kernel, dtype, capability) for kernel in columns]
             print(
                 f"| sm_{capability} | {dtype} | {' | '.join(f'{count:.0f}' for count in counts)} |",
                 flush=True,

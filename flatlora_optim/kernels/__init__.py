@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import native, plain
-from .part import Keep, Key, Part, Recipe, refuse_capture
+from .part import Keep, Key, Packed, Part, Recipe, refuse_capture
 from .plain import Product
 from .threads import interprets_triton
 
@@ -100,6 +100,23 @@ def add(parts: Iterable[Part]) -> None:
     """Like ``perturb``, for parts that will not be restored."""
     for kind, some in _by_kind(parts).items():
         kind.add_all(some)
+
+
+def sum_of(packed: Packed, noise: Recipe, dtype: torch.dtype) -> Tensor | None:
+    """``W + eps`` in one launch, rounded to ``dtype`` as W and again as the sum. None if Triton's kernels,
+    which read packed weights, don't take the noise."""
+    out = torch.empty(packed.shape, dtype=dtype, device=packed.device)
+    if not has_triton(out.device) or kernels_for(noise, out) is not kernels_of(out.device):
+        return None
+    add([kernels_of(out.device).Part(out, noise, 0, len(out), Keep.NOTHING, packed=packed)])
+    return out
+
+
+def unpacked(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """W, as Triton's kernels see it."""
+    from . import triton
+
+    return triton.unpacked(packed, dtype)
 
 
 def _by_kind(parts: Iterable[Part]) -> dict[type[Part], list[Part]]:

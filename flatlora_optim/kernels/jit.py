@@ -18,8 +18,11 @@ from .threads import interprets_triton
 
 INTERPRETED = tl.constexpr(interprets_triton())
 
-FIELDS = tl.constexpr(13)
+FIELDS = tl.constexpr(18)
 """Numbers per weight in the table: see ``_description`` in ``triton``."""
+
+NORM_FIELDS = tl.constexpr(14)
+"""The same of the table for norms."""
 
 NOTHING, JOURNAL, COPY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """What is kept of the clean weight."""
@@ -116,6 +119,16 @@ def _places(TILE: tl.constexpr):
 
 
 @triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    if dtype == tl.bfloat16 and INTERPRETED:  # which would truncate
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nearest = tl.where(x == x, nearest, 0x7FC0)  # it could carry a NaN into an infinity
+        return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def _rounded_sum(w, eps, dtype: tl.constexpr):
     """``round(w + eps)``; a finite float16 weight stays finite."""
     total = w.to(tl.float32) + eps
@@ -123,12 +136,7 @@ def _rounded_sum(w, eps, dtype: tl.constexpr):
         finite = tl.abs(w.to(tl.float32)) <= 65504.0
         clamped = tl.minimum(tl.maximum(total, -65504.0), 65504.0)
         total = tl.where(finite, clamped, total)
-    if dtype == tl.bfloat16 and INTERPRETED:  # which would truncate
-        bits = total.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        nearest = tl.where(total == total, nearest, 0x7FC0)  # it could carry a NaN into an infinity
-        return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return total.to(dtype)
+    return _rounded(total, dtype)
 
 
 @triton.jit(do_not_specialize=_STEP)
@@ -227,6 +235,72 @@ def _put(pointer, o, values, lo, hi, REGULAR: tl.constexpr):
 
 
 @triton.jit
+def _value(packed, code):
+    return tl.load(_pointer(tl.load(packed + 1), code & 15, tl.float32))
+
+
+@triton.jit
+def _scale(packed, place, mask, SIZE: tl.constexpr, OUTER: tl.constexpr):
+    group = place.to(tl.uint32) // SIZE
+    if OUTER:
+        code = tl.load(_pointer(tl.load(packed + 2), group, tl.uint8), mask=mask, other=0).to(tl.int32)
+        scale = tl.load(_pointer(tl.load(packed + 3), code, tl.float32))
+        scale *= tl.load(_pointer(tl.load(packed + 4), group // OUTER, tl.float32), mask=mask, other=0.0)
+        scale += tl.load(_pointer(tl.load(packed + 5), 0, tl.float32))
+    else:
+        scale = tl.load(_pointer(tl.load(packed + 2), group, tl.float32), mask=mask, other=0.0)
+    return scale
+
+
+@triton.jit
+def _unpacked(packed, place, mask, SIZE: tl.constexpr, OUTER: tl.constexpr):
+    """The elements at these places of a weight in 4 bits, float32: the operations of bitsandbytes, each
+    rounded as there.
+
+    Args:
+        packed: The addresses of the tensors of :class:`.Packed`, up to six.
+        SIZE: Elements that have a scale in common.
+        OUTER: Scales that have a scale in common themselves; 0 if they are float32.
+    """
+    place = place.to(tl.uint32)  # so that divisions are shifts
+    byte = tl.load(_pointer(tl.load(packed), place // 2, tl.uint8), mask=mask, other=0).to(tl.int32)
+    return _value(packed, byte >> (4 - place % 2 * 4)) * _scale(packed, place, mask, SIZE, OUTER)
+
+
+@triton.jit
+def _unpacked_pairs(packed, place, mask, SIZE: tl.constexpr, OUTER: tl.constexpr, COLUMNS: tl.constexpr):
+    """``COLUMNS`` elements from each of these places on, which have a scale in common, with fewer loads. The
+    places are multiples of 8."""
+    pointer = _pointer(tl.load(packed), place // 2 + tl.arange(0, COLUMNS // 2)[None, :], tl.uint8)
+    pointer = tl.max_contiguous(tl.multiple_of(pointer, (1, 4)), (1, 4))
+    byte = tl.load(pointer, mask=mask, other=0).to(tl.int32)
+    scale = _scale(packed, place, mask, SIZE, OUTER)
+    return tl.interleave(_value(packed, byte >> 4) * scale, _value(packed, byte) * scale)
+
+
+@triton.jit
+def unpack_kernel(
+    packed, out, numel, DTYPE: tl.constexpr, SIZE: tl.constexpr, OUTER: tl.constexpr, TILE: tl.constexpr
+):
+    """A weight in 4 bits without noise."""
+    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    values = _unpacked(packed, place, place < numel, SIZE, OUTER)
+    tl.store(out + place, _rounded(values, DTYPE), mask=place < numel)
+
+
+@triton.jit
+def _clean(
+    entry, pointer, place, o, lo, hi,
+    DTYPE: tl.constexpr, REGULAR: tl.constexpr, SIZE: tl.constexpr, OUTER: tl.constexpr,
+):  # fmt: skip
+    """The elements ``o`` of a tile without noise, from wherever they are kept."""
+    if SIZE == 0:
+        return _get(pointer, o, lo, hi, REGULAR)
+    is_there = (o >= 0) if REGULAR else (o >= lo) & (o < hi)
+    return _rounded(_unpacked(entry + 12, place.to(tl.int32) + o, is_there, SIZE, OUTER), DTYPE)
+
+
+@triton.jit
 def _missed(w, perturbed, eps, o, lo, hi, BITS: tl.constexpr, REGULAR: tl.constexpr):
     """1 where the subtraction will not bring w back."""
     back = _rounded_sum(perturbed, -eps, w.dtype)
@@ -247,7 +321,7 @@ def _perturb(
     entry, tile, index, address, scales, key0, key1, step, replica,
     positions, originals, starts, counts, control,
     DTYPE: tl.constexpr, BITS: tl.constexpr, KEEP: tl.constexpr, REGULAR: tl.constexpr, TILE: tl.constexpr,
-    THREADS: tl.constexpr,
+    THREADS: tl.constexpr, SIZE: tl.constexpr, OUTER: tl.constexpr,
 ):  # fmt: skip
     tile, number, row, shift, lo, hi = _located(entry, tile, TILE)
     place = shift + tile * TILE
@@ -257,8 +331,10 @@ def _perturb(
     )
     o0 = _places(TILE)
     o1, o2, o3 = o0 + 256, o0 + 512, o0 + 768
-    w0, w1 = _get(pointer, o0, lo, hi, REGULAR), _get(pointer, o1, lo, hi, REGULAR)
-    w2, w3 = _get(pointer, o2, lo, hi, REGULAR), _get(pointer, o3, lo, hi, REGULAR)
+    w0 = _clean(entry, pointer, place, o0, lo, hi, DTYPE, REGULAR, SIZE, OUTER)
+    w1 = _clean(entry, pointer, place, o1, lo, hi, DTYPE, REGULAR, SIZE, OUTER)
+    w2 = _clean(entry, pointer, place, o2, lo, hi, DTYPE, REGULAR, SIZE, OUTER)
+    w3 = _clean(entry, pointer, place, o3, lo, hi, DTYPE, REGULAR, SIZE, OUTER)
     s0, s1 = _rounded_sum(w0, e0, DTYPE), _rounded_sum(w1, e1, DTYPE)
     s2, s3 = _rounded_sum(w2, e2, DTYPE), _rounded_sum(w3, e3, DTYPE)
     fits = tile >= 0
@@ -306,7 +382,7 @@ def perturb_kernel(
     table, entries, first, elsewhere, scales, key0, key1, step, replica,
     positions, originals, starts, counts, control,
     DTYPE: tl.constexpr, BITS: tl.constexpr, KEEP: tl.constexpr, REGULAR: tl.constexpr, TILE: tl.constexpr,
-    THREADS: tl.constexpr,
+    THREADS: tl.constexpr, SIZE: tl.constexpr, OUTER: tl.constexpr,
 ):  # fmt: skip
     """``W += eps`` in all tiles that carry no noise yet.
 
@@ -317,6 +393,8 @@ def perturb_kernel(
         counts: None to add the noise without a record of it.
         REGULAR: Whether all tiles are regular.
         THREADS: Of a program.
+        SIZE, OUTER: Of weights in 4 bits, whose sums with eps are written elsewhere (see ``_unpacked``). Else
+            0.
     """
     index = tl.program_id(0) + first
     todo = index >= 0
@@ -333,12 +411,14 @@ def perturb_kernel(
         if is_regular:
             _perturb(
                 entry, tile, index, address, scales, key0, key1, step, replica,
-                positions, originals, starts, counts, control, DTYPE, BITS, KEEP, True, TILE, THREADS,
+                positions, originals, starts, counts, control,
+                DTYPE, BITS, KEEP, True, TILE, THREADS, SIZE, OUTER,
             )  # fmt: skip
         elif not REGULAR:
             _perturb(
                 entry, tile, index, address, scales, key0, key1, step, replica,
-                positions, originals, starts, counts, control, DTYPE, BITS, KEEP, False, TILE, THREADS,
+                positions, originals, starts, counts, control,
+                DTYPE, BITS, KEEP, False, TILE, THREADS, SIZE, OUTER,
             )  # fmt: skip
 
 
@@ -445,7 +525,7 @@ def norms_kernel(
     table, entries, terms, factors, out,
     DTYPE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, FACTORS: tl.constexpr,
     RANK: tl.constexpr, IS_ONE: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, OUTER: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """``out[i] = ||(W + D)[i, :]||^2`` where D is the sum of some ``scaling * left @ right``.
 
@@ -455,15 +535,17 @@ def norms_kernel(
     Args:
         table: For each weight its address; where its first tile comes; rows, columns, and the distance
             between rows (transposed: between columns); where its rows are in ``out``; the first of its
-            terms, and the first of the next weight.
+            terms, and the first of the next weight; of a weight in 4 bits, six addresses (see ``_unpacked``).
         terms: Up to ``RANK`` ranks each: the addresses of right and left, the number of ranks, and the
             strides of right and left.
         factors: The scalings of the terms.
         FACTORS: What products are made of: bfloat16, or float32 where that can't be multiplied.
         IS_ONE: Whether each weight has one term.
+        SIZE, OUTER: Of weights in 4 bits (see ``_unpacked``), else 0.
+        ALIGNED: Whether they can be read by ``_unpacked_pairs``.
     """
     tile, which = tl.program_id(0), tl.load(entries + tl.program_id(0))
-    entry = table + which * 8
+    entry = table + which * NORM_FIELDS
     rows, columns = tl.load(entry + 2).to(tl.int32), tl.load(entry + 3).to(tl.int32)
     stride = tl.load(entry + 4)
     first_term, end = tl.load(entry + 6).to(tl.int32), tl.load(entry + 7).to(tl.int32)
@@ -477,7 +559,16 @@ def norms_kernel(
             at = weight + row[:, None] + column[None, :].to(tl.int64) * stride
         else:
             at = weight + row[:, None].to(tl.int64) * stride + column[None, :]
-        w = tl.load(at, mask=(row[:, None] < rows) & (column[None, :] < columns), other=0.0).to(tl.float32)
+        is_there = (row[:, None] < rows) & (column[None, :] < columns)
+        if SIZE:
+            place = row[:, None] * columns + first
+            if ALIGNED:
+                w = _unpacked_pairs(entry + 8, place, row[:, None] < rows, SIZE, OUTER, COLUMNS)
+            else:
+                place += tl.arange(0, COLUMNS)[None, :]
+                w = tl.where(is_there, _unpacked(entry + 8, place, is_there, SIZE, OUTER), 0.0)
+        else:
+            w = tl.load(at, mask=is_there, other=0.0).to(tl.float32)
         a = _right(terms + first_term * 8, column, columns, FACTORS, RIGHT, RANK)
         d = tl.dot(b, a, input_precision="ieee")
         if not IS_ONE:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,35 @@ class Recipe(Protocol):
     def scales_of(self, lo: int, hi: int) -> Tensor: ...
 
 
+class Packed(NamedTuple):
+    """A weight in 4 bits, as bitsandbytes stores it: ``values[code] * scale``, row by row.
+
+    A scale is a number, or itself ``outer_values[code] * outer_scale + offset``, each operation rounded to
+    float32.
+
+    Args:
+        shape: Of the weight; fewer than 2**31 elements.
+        codes: Two in each byte, the first in the upper bits.
+        values: 16 numbers.
+        scales: One for each ``size`` elements: a number, or a code of 8 bits.
+        size: Elements that have a scale in common.
+        outer: ``outer_values``, ``outer_scale`` (one for each ``outer_size`` scales) and ``offset``.
+        outer_size: Scales that have a scale in common; 0 if they are numbers.
+    """
+
+    shape: torch.Size
+    codes: Tensor
+    values: Tensor
+    scales: Tensor
+    size: int
+    outer: tuple[Tensor, ...] = ()
+    outer_size: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+
 def read(tensor: Tensor) -> list[Any]:
     """The tensor's values. Waits for the device, as nothing else in the package does at each step."""
     values: list[Any] = tensor.tolist()
@@ -93,13 +122,21 @@ class Part:
         lo, hi: Where the rows are in the local part of the weight.
         keep: What brings the rows back.
         copy: Memory for the rows, with ``Keep.COPY``.
+        packed: Where the weight is, if ``rows`` is only memory for ``W + eps``.
     """
 
     def __init__(
-        self, rows: Tensor, noise: Recipe, lo: int, hi: int, keep: Keep, copy: Tensor | None = None
+        self,
+        rows: Tensor,
+        noise: Recipe,
+        lo: int,
+        hi: int,
+        keep: Keep,
+        copy: Tensor | None = None,
+        packed: Packed | None = None,
     ) -> None:
         self.rows, self.noise, self.lo, self.hi = rows, noise, lo, hi
-        self.keep, self.copy = keep, copy
+        self.keep, self.copy, self.packed = keep, copy, packed
         self._storage = rows.untyped_storage()  # kept alive, even if the tensor gets another
         self._prepare()
 

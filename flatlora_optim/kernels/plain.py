@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import part
 from .journal import Journal
-from .part import Keep, Key, Recipe, visit
+from .part import Keep, Key, Packed, Recipe, visit
 from .threads import rows_at_once, scratch
 
 name = "torch operations"
@@ -22,7 +22,8 @@ class Product(NamedTuple):
     ``(r, n)``; of experts, which lie below each other in the weight, with one more dim in front.
 
     With ``row_dim`` 1, the weight is stored transposed. All three may have any floating dtype.
-    ``more`` has further products for the same weight: ``left``, ``right`` and ``scaling`` of each.
+    ``more`` has further products for the same weight: ``left``, ``right`` and ``scaling`` of each. If the
+    weight is ``packed``, for Triton alone, its codes stand in its place.
     """
 
     weight: Tensor
@@ -31,6 +32,7 @@ class Product(NamedTuple):
     scaling: float = 1.0
     row_dim: int = 0
     more: tuple[tuple[Tensor, Tensor, float], ...] = ()
+    packed: Packed | None = None
 
     @property
     def terms(self) -> tuple[tuple[Tensor, Tensor, float], ...]:

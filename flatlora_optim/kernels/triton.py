@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import jit, part, plain
-from .part import Keep, Key, Recipe, read
+from .part import Keep, Key, Packed, Recipe, read
 from .plain import Product
 from .threads import interprets_triton
 
@@ -112,7 +112,7 @@ class Part(part.Part):
             table, entries = _only(rows.device, _description(each, in_place=False))
             _launch(
                 jit.perturb_kernel, rows, (table, entries, 0, rows.data_ptr()), noise.scales, noise.key.words,
-                (None,) * 5, len(entries), KEEP=jit.NOTHING, **_of_perturb(rows.dtype),
+                (None,) * 5, len(entries), KEEP=jit.NOTHING, **_of_perturb(rows.dtype, each.packed),
             )  # fmt: skip
 
 
@@ -127,19 +127,19 @@ def _description(part: Part, *, in_place: bool) -> tuple[int, ...]:
     last, rest = divmod(first_row + part.hi - part.lo - 1, size)
     count = (last - block) * tiles + triton.cdiv((rest + 1) * row_size, TILE) - skipped
     address = part.address if in_place else 0
-    copy = 0 if part.copy is None else part.copy.data_ptr()
+    others = _addresses(part.packed) if part.copy is None else (part.copy.data_ptr(), 0, 0, 0, 0, 0)
     number = grid.first_block + block
     # Scales run along the rows of memory, or along their elements; then each group has its own.
     group = (grid.group or grid.rows) if part.noise.row_dim else 0
     at = number, rows.numel(), block * size, size, tiles, row_size, first_row, skipped, group
-    return address, *at, copy, count
+    return address, *at, *others, count
 
 
 def _tables(device: torch.device, weights: Sequence[tuple[int, ...]], scales: Sequence[int]) -> list[Tensor]:
     """The table of some weights, which have so many scales each, and the weight that each tile belongs to."""
     rows, tile, scale = [], 0, 0
-    for (address, *at, copy, count), size in zip(weights, scales, strict=True):
-        rows.append([address, scale, tile, *at, copy])
+    for (address, *at, count), size in zip(weights, scales, strict=True):
+        rows.append([address, scale, tile, *at])
         tile, scale = tile + count, scale + size
     counts = [count for *_, count in weights]
     return _copied(device, torch.tensor(rows, dtype=torch.int64, device="cpu"), _owners(counts))
@@ -369,9 +369,35 @@ def _launch(
         )  # fmt: skip
 
 
-def _of_perturb(dtype: torch.dtype) -> dict[str, Any]:
+def _of_perturb(dtype: torch.dtype, packed: Packed | None = None) -> dict[str, Any]:
     """Constants that only the perturbing kernel needs."""
-    return {"BITS": _BITS[dtype.itemsize], "THREADS": 32 * WARPS}
+    return {"BITS": _BITS[dtype.itemsize], "THREADS": 32 * WARPS, **_sizes(packed)}
+
+
+# ------------------------------------------------------------------------ weights in 4 bits
+
+
+def unpacked(packed: Packed, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(packed.shape, dtype=dtype, device=packed.device)
+    with _on(out.device):
+        jit.unpack_kernel[(triton.cdiv(out.numel(), TILE),)](
+            _copied(out.device, torch.tensor(_addresses(packed), device="cpu"))[0], out, out.numel(),
+            DTYPE=_DTYPES[dtype], TILE=TILE, **_sizes(packed), **_EXACT,
+        )  # fmt: skip
+    return out
+
+
+def _sizes(packed: Packed | None) -> dict[str, int]:
+    return {"SIZE": packed.size, "OUTER": packed.outer_size} if packed else {"SIZE": 0, "OUTER": 0}
+
+
+def _addresses(packed: Packed | None) -> tuple[int, ...]:
+    """Six addresses, or zeros: see ``jit._unpacked``."""
+    if packed is None:
+        return (0,) * 6
+    tensors = packed.codes, packed.values, packed.scales, *packed.outer
+    addresses = tuple(tensor.data_ptr() for tensor in tensors)
+    return addresses + (0,) * (6 - len(addresses))
 
 
 # ------------------------------------------------------------------------ norms
@@ -388,6 +414,8 @@ def squared_norms(products: Sequence[Product]) -> list[Tensor]:
     squared = list(out.split(sizes))
     for product, norms in zip(products, squared, strict=True):
         if _kind_of_product(product) is None:
+            if product.packed is not None:
+                product = product._replace(weight=unpacked(product.packed, torch.float32))
             norms.copy_(*plain.squared_norms([product]))
     return squared
 
@@ -395,11 +423,19 @@ def squared_norms(products: Sequence[Product]) -> list[Tensor]:
 def _kind_of_product(product: Product) -> tuple[Any, ...] | None:
     """What products in one launch have in common; None if the kernel can't read this one."""
     left, right = product.left, product.right
-    dtypes = tuple(_DTYPES.get(each.dtype) for each in (product.weight, left, right))
+    weight = product.weight if product.packed is None else left  # whose dtype does for the kernel
+    dtypes = tuple(_DTYPES.get(each.dtype) for each in (weight, left, right))
     are_alike = all((left.dtype, right.dtype) == (b.dtype, a.dtype) for b, a, _ in product.more)
     if None in dtypes or not are_alike or not product.weight.is_contiguous():
         return None
-    return (*dtypes, product.row_dim)
+    return (*dtypes, product.row_dim, *_sizes(product.packed).values())
+
+
+def _is_aligned(product: Product) -> bool:
+    """Whether elements of a weight in 4 bits that the kernel reads at once have a scale in common."""
+    assert product.packed is not None
+    sizes = product.packed.size, product.columns
+    return product.weight.data_ptr() % 4 == 0 and all(size % _COLUMNS == 0 for size in sizes)
 
 
 def _squared_norms(
@@ -412,7 +448,8 @@ def _squared_norms(
         table, entries, terms, factors, out,
         DTYPE=kind[0], LEFT=kind[1], RIGHT=kind[2], FACTORS=_factors(out.device), TRANSPOSED=bool(kind[3]),
         RANK=min(_MOST_RANKS, max(16, triton.next_power_of_2(rank))), IS_ONE=len(terms) == len(table),
-        ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_NORM_WARPS,
+        ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_NORM_WARPS, SIZE=kind[4], OUTER=kind[5],
+        ALIGNED=kind[4] > 0 and all(map(_is_aligned, products)),
     )  # fmt: skip
 
 
@@ -422,7 +459,8 @@ def _describe_product(product: Product, first: int) -> tuple[Any, ...]:
     stride = rows if product.row_dim else columns
     terms = tuple(term for each in product.terms for term in _describe_term(*each))
     size = rows * columns * weight.element_size()
-    return product.experts, (weight.data_ptr(), rows, columns, stride, first), size, terms
+    place = weight.data_ptr(), rows, columns, stride, first
+    return product.experts, place, size, terms, _addresses(product.packed)
 
 
 def _describe_term(left: Tensor, right: Tensor, scaling: float) -> Iterator[tuple[Any, ...]]:
@@ -444,10 +482,10 @@ def _norm_tables(device: torch.device, weights: tuple[tuple[Any, ...], ...]) -> 
     factors: list[float] = []
     tiles: list[int] = []
     tile = 0
-    for experts, (address, rows, columns, stride, first), size, parts in weights:
+    for experts, (address, rows, columns, stride, first), size, parts, packed in weights:
         for expert in range(experts):
             place = [address + expert * size, tile, rows, columns, stride, first + expert * rows]
-            table.append([*place, len(terms), len(terms) + len(parts)])
+            table.append([*place, len(terms), len(terms) + len(parts), *packed])
             tiles.append(triton.cdiv(rows, _ROWS))
             tile += tiles[-1]
             for (right, left, *others), factor, apart in parts:

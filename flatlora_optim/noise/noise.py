@@ -16,7 +16,7 @@ from .. import kernels
 from ..kernels.grid import Grid
 from ..kernels.plain import rounded_sum
 from ..kernels.threads import scratch
-from ..targets import Target
+from ..targets import FrozenWeight, Target
 from .gaussian import GaussianNoise, NoiseSource
 from .key import NoiseKey
 
@@ -130,6 +130,13 @@ class Noise:
         is_noisy = eps != 0
         stays = (rounded_sum(part, eps) == part) & is_noisy
         return float(stays.sum() / is_noisy.sum().clamp(min=1))
+
+    @torch.no_grad()
+    def added_to(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
+        """``W + eps`` in new memory."""
+        packed = weight.packed()
+        added = None if packed is None else kernels.sum_of(packed, self, dtype)
+        return self.add_to(weight.dense(dtype)) if added is None else added
 
     @torch.no_grad()
     def add_to(self, weight: Tensor) -> Tensor:

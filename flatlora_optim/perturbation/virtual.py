@@ -209,8 +209,7 @@ class _NoisyWeight:
                 f"{type(weight.layer).__name__}) has been modified by an inplace operation, or replaced, "
                 "between forward and backward"
             )
-        matrix = weight.dense(dtype)
-        return matrix if self._noise is None else self._noise.add_to(matrix)
+        return weight.dense(dtype) if self._noise is None else self._noise.added_to(weight, dtype)
 
 
 class _NoiseAlone:

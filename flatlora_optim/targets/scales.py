@@ -4,7 +4,7 @@
 3.2). W' is never made as a whole: one pass over W adds the product to a few rows and columns at a time. If
 the weight is not transposed, native kernels round A and s B to bfloat16 for it.
 
-A quantized W must be dequantized for that pass, which uses
+A quantized W that no kernel reads as it is must be dequantized for that pass, which uses
 
 ``||W'[i]||^2 = ||W[i]||^2 + 2 <B[i], (W A^T)[i]> + B[i] (A A^T) B[i]^T``
 
@@ -21,14 +21,18 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels import kernels_of
 from ..kernels.part import read
+from ..kernels.plain import Product
+from .sharding import sums_over_parts
 from .target import LowRank, Target
-from .weights import DenseWeight
+from .weights import FrozenWeight
 
 _ELEMENTS_AT_ONCE = 1 << 24
 _TOLERANCE = 0.01
@@ -92,30 +96,33 @@ def merged_norms(rows: Sequence[RowNorms]) -> list[Tensor | None]:
 
 
 def _squared_norms(rows: Sequence[RowNorms]) -> list[Tensor | None]:
-    squared: list[Tensor | None] = [None] * len(rows)
-    dense: dict[int, list[LowRank]] = {}
-    quantized: dict[int, LowRank] = {}
+    squared: dict[int, Tensor] = {}
+    at_once: dict[int, Product] = {}
+    kept: dict[int, LowRank] = {}
     for i, each in enumerate(rows):
         target, terms = each.target, each.target.all_terms()
         products = [term for term in terms if isinstance(term, LowRank)]
-        if terms and isinstance(target.weight, DenseWeight) and len(products) == len(terms):
-            dense[i] = products
+        product = target.weight.product(products) if terms and len(products) == len(terms) else None
+        if product is not None:
+            at_once[i] = product
         elif isinstance(delta := target.summed(terms), LowRank):
-            quantized[i] = delta
+            kept[i] = delta
         elif delta is not None:
-            squared[i] = target.weight.sum_over_parts(target.weight.squared_norms_with(delta))
-    read = _read([rows[i] for i in dense], list(dense.values()))
-    kept = _kept_or_read([rows[i] for i in quantized], list(quantized.values()))
-    for i, norms in zip((*dense, *quantized), (*read, *kept), strict=True):
-        squared[i] = norms
-    return squared
+            squared[i] = target.weight.squared_norms_with(delta)
+    weights = [rows[i].target.weight for i in at_once]
+    squared |= zip(at_once, _read(weights, list(at_once.values())), strict=True)
+    tensors = [getattr(rows[i].target.weight, "tensor", None) for i in squared]
+    squared = dict(zip(squared, sums_over_parts(list(squared.values()), tensors), strict=True))
+    squared |= zip(kept, _kept_or_read([rows[i] for i in kept], list(kept.values())), strict=True)
+    return [squared.get(i) for i in range(len(rows))]
 
 
-def _read(rows: Sequence[RowNorms], deltas: Sequence[Sequence[LowRank]]) -> list[Tensor]:
-    """``||W'[i]||^2`` of dense weights, by one pass over each."""
-    weights: list[Any] = [each.target.weight for each in rows]
-    partial = DenseWeight.squared_norms(weights, deltas)
-    return [weight.sum_over_parts(local) for weight, local in zip(weights, partial, strict=True)]
+def _read(weights: Sequence[FrozenWeight], products: Sequence[Product]) -> list[Tensor]:
+    """``||W'[i]||^2`` of the local parts, by one pass over each weight."""
+    partial: list[Tensor] = []
+    for device, some in groupby(products, lambda product: product.weight.device):
+        partial += kernels_of(device).squared_norms(list(some))
+    return [weight.of_all_rows(local) for weight, local in zip(weights, partial, strict=True)]
 
 
 def _kept_or_read(rows: Sequence[RowNorms], deltas: Sequence[LowRank]) -> list[Tensor]:

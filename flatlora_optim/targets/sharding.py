@@ -6,7 +6,7 @@ those of the whole weight, and row norms are summed over the parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import takewhile
 from typing import Any
@@ -94,12 +94,20 @@ def region(tensor: Any) -> tuple[int, slice]:
     return offsets[0], slice(offsets[1] * inner, (offsets[1] + sizes[1]) * inner)
 
 
-def sum_over_parts(partial: Tensor, weight: Any) -> Tensor:
-    """The sum over all parts of the weight, in place, on all processes."""
-    if is_sharded(weight):
-        for dim in _sharded_dims(weight):
-            torch.distributed.all_reduce(partial, group=weight.device_mesh.get_group(dim))
-    return partial
+def sums_over_parts(partial: Sequence[Tensor], weights: Sequence[Any]) -> list[Tensor]:
+    """The sum over all parts of each weight, on all processes: one reduction for all that are cut alike."""
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for i, weight in enumerate(weights):
+        if is_sharded(weight) and (dims := _sharded_dims(weight)):
+            alike.setdefault((weight.device_mesh, *dims), []).append(i)
+    sums = list(partial)
+    for (mesh, *dims), some in alike.items():
+        flat = torch.cat([partial[i] for i in some])
+        for dim in dims:
+            torch.distributed.all_reduce(flat, group=mesh.get_group(dim))
+        for i, each in zip(some, flat.split([len(partial[i]) for i in some]), strict=True):
+            sums[i] = each
+    return sums
 
 
 def replica(model: nn.Module) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.grid import Grid
+from ...kernels.part import Packed
+from ...kernels.plain import Product
 
 Delta = tuple[Tensor, Tensor, float]
 """``left``, ``right`` and ``scaling`` of a low-rank product, shapes ``(rows, r)`` and ``(r, columns)``."""
@@ -57,6 +59,18 @@ class FrozenWeight:
         """A new tensor with the weight's values, in the stored shape."""
         raise NotImplementedError
 
+    def packed(self) -> Packed | None:
+        """How the weight is stored in 4 bits, if there are kernels that read that as it is meant."""
+        return None
+
+    def product(self, deltas: Sequence[Delta]) -> Product | None:
+        """``W + deltas`` of the local part, for kernels that read many weights; None if they can't."""
+        return None
+
+    def of_all_rows(self, values: Tensor) -> Tensor:
+        """Values for the rows of the local part, with zeros for the other rows."""
+        return values
+
     def slices(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yields ``(lo, hi, values)``: float32 rows ``[lo, hi)`` along dim 0 of the whole weight.
 
@@ -99,10 +113,6 @@ class FrozenWeight:
             else:
                 total[columns] += terms(lo, hi, values).sum(0)
         return total
-
-    def sum_over_parts(self, partial: Tensor) -> Tensor:
-        """The sum over the parts of a sharded weight. All processes call it in the same order."""
-        return partial
 
     def identity(self) -> Hashable:
         """The same for layers that share the weight."""

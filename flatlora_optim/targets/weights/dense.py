@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from ...kernels import kernels_of
 from ...kernels.grid import Grid
 from ...kernels.plain import Product
-from ..sharding import is_sharded, local_part, place_of, region, sum_over_parts
+from ..sharding import is_sharded, local_part, place_of, region
 from .base import Delta, FrozenWeight
 
 
@@ -56,26 +54,14 @@ class DenseWeight(FrozenWeight):
         for lo, hi in grid.spans(local.shape[0]):
             yield grid.first_row + lo, grid.first_row + hi, local[lo:hi].float().flatten(1)
 
-    @staticmethod
-    def squared_norms(weights: Sequence[DenseWeight], deltas: Sequence[Sequence[Delta]]) -> list[Tensor]:
-        """``||(W + sum of scaling * left @ right)[i, :]||^2``, shape ``(rows,)``, of some deltas for each
-        weight; of the local part alone."""
-        squared: list[Tensor] = []
-        for device, some in groupby(zip(weights, deltas, strict=True), lambda pair: pair[0].device):
-            pairs = list(some)
-            local = kernels_of(device).squared_norms([weight._product(each) for weight, each in pairs])
-            squared += [weight._of_all_rows(part) for (weight, _), part in zip(pairs, local, strict=True)]
-        return squared
-
-    def _product(self, deltas: Sequence[Delta]) -> Product:
+    def product(self, deltas: Sequence[Delta]) -> Product:
         terms = [(left, right, scaling) for left, right, scaling in deltas]
         if not self.is_whole:
             rows, columns = self._region()
             terms = [(left[rows], right[:, columns], scaling) for left, right, scaling in terms]
         return Product(local_part(self.tensor), *terms[0], self.row_dim, tuple(terms[1:]))
 
-    def _of_all_rows(self, values: Tensor) -> Tensor:
-        """Values for the rows of the local part, with zeros for the other rows."""
+    def of_all_rows(self, values: Tensor) -> Tensor:
         if values.shape[0] == self.rows:
             return values
         out = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
@@ -110,9 +96,6 @@ class DenseWeight(FrozenWeight):
                 return True
             elements.fill_(True)
         return False
-
-    def sum_over_parts(self, partial: Tensor) -> Tensor:
-        return sum_over_parts(partial, self.tensor)
 
     def identity(self) -> Hashable:
         # By memory: `load_state_dict(assign=True)` gives tied layers parameters of their own.

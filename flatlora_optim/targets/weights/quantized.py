@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import FrozenWeight, fingerprint_of
+from ...kernels import has_triton, unpacked
+from ...kernels.part import Packed
+from ...kernels.plain import Product
+from .base import Delta, FrozenWeight, fingerprint_of
+
+_values: dict[tuple[Any, ...], Tensor | None] = {}
+"""The 16 numbers of each layout; None if bitsandbytes reads it in another way than kernels do."""
 
 
 class Bnb4bitWeight(FrozenWeight):
@@ -59,6 +65,49 @@ class Bnb4bitWeight(FrozenWeight):
         packed, _ = self._functional._convert_weight_packed_for_cpu_inverse(packed, state)
         state.absmax = state.absmax.T.reshape(-1).float()
         return packed
+
+    def packed(self) -> Packed | None:
+        if not has_triton(self.device) or (packed := self._packed()) is None:
+            return None
+        layout = packed.device, packed.shape, self._quant_state().quant_type, packed.size, packed.outer_size
+        if layout not in _values:  # waits once
+            _values[layout] = packed.values if self._begins_as(packed) else None
+        values = _values[layout]
+        return None if values is None else packed._replace(values=values)
+
+    def _packed(self) -> Packed | None:
+        """The tensors as releases up to 0.50 store them; None if these are others."""
+        state, codes, shape = self._quant_state(), self.layer.weight, self.shape
+        outer = (state.state2.code, state.state2.absmax, state.offset) if state.nested else ()
+        sizes = state.blocksize, state.state2.blocksize if state.nested else 0
+        numbers = state.code, *(outer or [state.absmax])
+        tensors = codes, state.absmax, *numbers
+        is_known = (
+            state.quant_type in ("nf4", "fp4")
+            and len(shape) == 2
+            and not getattr(state, "packing_format_for_cpu", False)
+            and codes.nbytes == (shape.numel() + 1) // 2
+            and shape.numel() < 1 << 31
+            and state.absmax.dtype == (torch.uint8 if outer else torch.float32)
+            and all(tensor.dtype == torch.float32 for tensor in numbers)
+            and all(tensor.is_contiguous() and tensor.device == codes.device for tensor in tensors)
+        )
+        return Packed(shape, codes, state.code, state.absmax, sizes[0], outer, sizes[1]) if is_known else None
+
+    @torch.no_grad()
+    def _begins_as(self, packed: Packed) -> bool:
+        """Whether the kernels see in the first rows what bitsandbytes does."""
+        state, columns = copy.copy(self._quant_state()), self.shape[1]
+        rows = min(self.shape[0], max(1, (1 << 16) // columns))
+        state.shape, state.dtype = torch.Size((rows, columns)), torch.float32
+        codes = packed.codes.data.view(-1).view(torch.uint8)[: (rows * columns + 1) // 2, None]
+        state.absmax = packed.scales[: -(-rows * columns // packed.size)]
+        expected: Tensor = self._functional.dequantize_4bit(codes, state)
+        return torch.equal(unpacked(packed._replace(shape=state.shape), torch.float32), expected)
+
+    def product(self, deltas: Sequence[Delta]) -> Product | None:
+        packed, ((left, right, scaling), *more) = self.packed(), deltas
+        return packed and Product(packed.codes, left, right, scaling, 0, tuple(more), packed)
 
     def slices(self) -> Iterator[tuple[int, int, Tensor]]:
         return self._slices_of(self.dense(self._quant_state().dtype))
