@@ -106,14 +106,16 @@ def main() -> None:
     mine = [cell for cell in everything if (cell.task == grid.ON_GPU) == (args.device != "cpu")]
     folder = Path("outputs/generalization-quick") if args.quick else HERE
     files = [folder / "results" / name for name in ("study.jsonl", "study-gpu.jsonl")]
-    results = Results(*(files if args.device == "cpu" else reversed(files)))
+    files = files if args.device == "cpu" else files[::-1]
     clock = Clock(args.minutes or (math.inf if args.device == "cpu" else 8))
     if not args.report:
+        results = Results(*files)
         with tqdm(unit="run") as bar, suppress(OutOfTimeError):
             chosen = [cell for cell in mine if any(part in cell.name for part in args.cell)]
             for cell, stage in grid.stages(chosen, results):
                 make(cell, stage(), results, bar, clock)
-    for path in report.write(folder, everything, results):
+    # Read again: other processes may have made other cells.
+    for path in report.write(folder, everything, Results(*files)):
         print(path)
 
 

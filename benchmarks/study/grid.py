@@ -158,7 +158,7 @@ CELLS = (
     vision("MNIST", 100, 20, curve=SIGMAS),
     sentences(300, 20, curve=(0.2, 0.4, 0.8, 1.2, 1.6, 2.4)),
     sentences(300, 0, curve=(0.4, 0.8, 1.2, 1.6), methods=FEW),
-    answers("SmolLM2 on reviews", ANSWERS, 20, curve=(0.1, 0.2, 0.4, 0.8), fixed=(0.003, 200)),
+    answers("SmolLM2 on reviews", ANSWERS, 20, curve=(0.1, 0.2, 0.4, 0.8, 1.6), fixed=(0.003, 200)),
     sentences(1000, 20, tuned_as="sentiment, 300 examples, 20 % wrong", methods=FEW),
 )
 GPU_CELLS = tuple(answers(ON_GPU, SUMS, wrong, methods=FEW) for wrong in (20, 0))
