@@ -345,6 +345,7 @@ def rules(cells: Sequence[Compared]) -> str:
         return "## Rules for sigma\n\nNo rule can be judged yet: fewer than two tasks have all sigmas.\n"
     lines = []
     constants = {name: fitted(rule, cells[0]) for name, rule in names.items()}
+    worse: dict[str, set[str]] = {name: set() for name in names}
     for c in cells:
         best = best_sigma(c)
         good = as_good(c, best)
@@ -352,6 +353,8 @@ def rules(cells: Sequence[Compared]) -> str:
         for name, rule in names.items():
             pick = rule(c, constants[name])
             texts.append(f"{pick:g}, {'as good' if pick in good else 'worse'}" if pick else "none")
+            if (pick or 0.0) not in good:
+                worse[name].add(c.cell.task)
         lines.append((c.cell.name, f"{best:g}", ", ".join(f"{x:g}" for x in good), *texts))
     head = (
         "cell",
@@ -360,9 +363,15 @@ def rules(cells: Sequence[Compared]) -> str:
         *(f"{name}, c = {constants[name]:g}" for name in names),
     )
     tasks = len({c.cell.task for c in cells})
+    verdict = " ".join(
+        f"*{name[0].upper()}{name[1:]}* is as good in all cells of {tasks - len(failed)} of {tasks} tasks."
+        for name, failed in worse.items()
+    )
+    works = any(tasks - len(failed) >= 3 for failed in worse.values())
     return (
         "## Rules for sigma\n\nMean of in and out of domain; the constants are fitted on the first cell "
-        f"({cells[0].cell.name}). {tasks} of the plan's four tasks have a curve.\n\n{table(head, lines)}"
+        f"({cells[0].cell.name}). {tasks} of the plan's four tasks have a curve.\n\n{table(head, lines)}\n"
+        f"{verdict} The plan asks for three of four: {'one' if works else 'none'} works.\n"
     )
 
 
