@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from flatlora_optim.kernels import jit
 from flatlora_optim.kernels import triton as kernels
 
-KERNELS = ("perturb", "restore", "norms", "checksum", "fill", "perturb NF4", "norms NF4")
+KERNELS = ("perturb", "restore", "norms", "checksum", "fill", "perturb NF4", "norms NF4", "unpack NF4")
 """Those of NF4 are for double quantization; W + eps goes elsewhere, without a journal."""
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 BARS = {"perturb": 90, "restore": 80}
@@ -61,9 +61,13 @@ def compiled(kernel: str, dtype: str, capability: int, regular: bool = False) ->
         constants = {"DTYPE": DTYPES[dtype], "LEFT": tl.float32, "RIGHT": tl.float32, "FACTORS": tl.bfloat16}
         constants |= sizes | {"ALIGNED": bool(packed), "RANK": 16, "IS_ONE": regular, "TRANSPOSED": False}
         constants |= {"ROWS": kernels._ROWS, "COLUMNS": kernels._COLUMNS}
-        options = {"num_warps": kernels._NORM_WARPS}
+        options = kernels._FUSED | {"num_warps": kernels._NORM_WARPS}
     elif kernel == "checksum":
-        arguments, constants, options = {"table": "*i64", "out": "*i64"}, {}, {"num_warps": 1}
+        arguments, constants = {"table": "*i64", "out": "*i64"}, {}
+        options |= {"num_warps": 1}
+    elif kernel == "unpack":
+        arguments, constants = {"packed": "*i64", "out": f"*{dtype}", "numel": "i32"}, sizes
+        constants |= {"DTYPE": DTYPES[dtype], "TILE": kernels.TILE}
     else:
         arguments = {"out": "*fp32", "numel": "i32"} | words | {"block": "i32"}
         constants = {"TILE": kernels.TILE}

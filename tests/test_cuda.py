@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flatlora_optim.kernels import kernels_of, native
-from flatlora_optim.noise import NoiseKey
+from flatlora_optim.kernels import kernels_of, native, sum_of
+from flatlora_optim.noise import GaussianNoise, Noise, NoiseKey
+from flatlora_optim.targets.weights import Bnb4bitWeight
 from helpers import OwnLoRA, changed_weights, fingerprint, flatlora, int_view, lora_mlp, loss_of, mlp_batch
 
 pytestmark = [
@@ -79,6 +80,30 @@ def test_nothing_waits_and_launches_do_not_grow() -> None:
         events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         found.append(len(events))
     assert found[0] == found[1] <= 16
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(64, 4096), (70, 130), (5, 33)])
+def test_a_weight_in_4_bits_is_read_as_by_bitsandbytes(
+    shape: tuple[int, int], nested: bool, quant_type: str
+) -> None:
+    bnb, (rows, columns) = pytest.importorskip("bitsandbytes"), shape
+    layer = bnb.nn.Linear4bit(columns, rows, bias=False, quant_type=quant_type, compress_statistics=nested)
+    weight = Bnb4bitWeight(layer.to(CUDA))
+    packed = weight.packed()
+    assert packed is not None
+    scales = torch.rand(rows, device=CUDA) * 0.01
+    noise = Noise(GaussianNoise(), NoiseKey(1, 2), weight.grid(), scales)
+    for dtype in DTYPES:
+        found = sum_of(packed, noise, dtype)
+        assert found is not None
+        assert torch.equal(int_view(found), int_view(noise.add_to(weight.dense(dtype))))
+    left, right = torch.randn(rows, 3, device=CUDA), torch.randn(3, columns, device=CUDA)
+    (norms,) = kernels_of(CUDA).squared_norms([weight.product([(left, right, 0.1)])])
+    merged = weight.dense(torch.float32).double()
+    merged += (left * 0.1).bfloat16().double() @ right.bfloat16().double()
+    torch.testing.assert_close(norms.double(), merged.square().sum(1), rtol=1e-5, atol=0)
 
 
 def test_autograd_sees_that_the_weight_was_written() -> None:

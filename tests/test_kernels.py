@@ -32,6 +32,7 @@ from flatlora_optim.kernels.grid import Grid
 from flatlora_optim.kernels.part import Keep
 from flatlora_optim.kernels.plain import Product
 from flatlora_optim.noise import GaussianNoise, Noise, NoiseKey
+from flatlora_optim.optimizer.param_groups import NORMS
 from flatlora_optim.targets.weights import Bnb4bitWeight
 from flatlora_optim.targets.weights import quantized as quantized_weights
 from helpers import OwnLoRA, fingerprint, flatlora, int_view, lora_gpt2, lora_mlp, loss_of, mlp_batch
@@ -604,6 +605,24 @@ def test_the_norms_of_a_weight_in_4_bits(nested: bool, columns: int, dtype: torc
             scaling = 1.0
         merged = merged + left.double() @ right.double() * scaling
     torch.testing.assert_close(found.double(), merged.square().sum(1), rtol=1e-5, atol=0)
+
+
+@interpreted
+def test_norms_that_a_checkpoint_kept_are_dropped_where_they_are_read_at_each_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = get_peft_model(quantized(1), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    with monkeypatch.context() as patch:
+        patch.setattr(Bnb4bitWeight, "packed", lambda weight: None)
+        optimizer = flatlora(model, auto=False)
+        optimizer.perturb()
+        optimizer.restore()
+        kept = optimizer.state_dict()
+    assert NORMS in kept["param_groups"][0]
+    optimizer.load_state_dict(kept)
+    optimizer.perturb()
+    optimizer.restore()
+    assert NORMS not in optimizer.state_dict()["param_groups"][0]
 
 
 @interpreted

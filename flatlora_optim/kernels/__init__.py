@@ -104,11 +104,11 @@ def add(parts: Iterable[Part]) -> None:
 
 def sum_of(packed: Packed, noise: Recipe, dtype: torch.dtype) -> Tensor | None:
     """``W + eps`` in one launch, rounded to ``dtype`` as W and again as the sum. None if Triton's kernels,
-    which read packed weights, don't take the noise."""
-    out = torch.empty(packed.shape, dtype=dtype, device=packed.device)
-    if not has_triton(out.device) or kernels_for(noise, out) is not kernels_of(out.device):
+    which alone read packed weights, don't take the noise."""
+    kernels, out = kernels_of(packed.device), torch.empty(packed.shape, dtype=dtype, device=packed.device)
+    if not kernels.takes(noise, out):
         return None
-    add([kernels_of(out.device).Part(out, noise, 0, len(out), Keep.NOTHING, packed=packed)])
+    add([kernels.Part(out, noise, 0, len(out), Keep.NOTHING, packed=packed)])
     return out
 
 

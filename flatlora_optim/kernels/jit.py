@@ -255,7 +255,7 @@ def _scale(packed, place, mask, SIZE: tl.constexpr, OUTER: tl.constexpr):
 @triton.jit
 def _unpacked(packed, place, mask, SIZE: tl.constexpr, OUTER: tl.constexpr):
     """The elements at these places of a weight in 4 bits, float32: the operations of bitsandbytes, each
-    rounded as there.
+    rounded as there (in norms, which may be contracted, nearly so).
 
     Args:
         packed: The addresses of the tensors of :class:`.Packed`, up to six.

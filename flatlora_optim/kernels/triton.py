@@ -54,6 +54,9 @@ _KEEP = {Keep.NOTHING: jit.NOTHING, Keep.JOURNAL: jit.JOURNAL, Keep.COPY: jit.CO
 # journal has.
 _EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
+# Norms may be contracted. Said, because Triton 3.9 warns of its default, which is about to change.
+_FUSED: dict[str, Any] = {"enable_fp_fusion": True}
+
 
 def takes(noise: Recipe, weight: Tensor) -> bool:
     is_known = noise.can_be_fused and noise.is_seeded and weight.dtype in _DTYPES
@@ -449,7 +452,7 @@ def _squared_norms(
         DTYPE=kind[0], LEFT=kind[1], RIGHT=kind[2], FACTORS=_factors(out.device), TRANSPOSED=bool(kind[3]),
         RANK=min(_MOST_RANKS, max(16, triton.next_power_of_2(rank))), IS_ONE=len(terms) == len(table),
         ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_NORM_WARPS, SIZE=kind[4], OUTER=kind[5],
-        ALIGNED=kind[4] > 0 and all(map(_is_aligned, products)),
+        ALIGNED=kind[4] > 0 and all(map(_is_aligned, products)), **_FUSED,
     )  # fmt: skip
 
 
@@ -515,7 +518,7 @@ def checksums(weights: Sequence[Tensor]) -> Tensor:
     out = torch.empty(len(weights), dtype=torch.int64, device=device)
     with _on(device):
         jit.checksum_kernel[(len(weights),)](
-            _sample_table(device, tuple(map(_describe_samples, weights))), out, num_warps=1
+            _sample_table(device, tuple(map(_describe_samples, weights))), out, num_warps=1, **_EXACT
         )
     return out
 

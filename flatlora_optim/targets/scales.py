@@ -104,7 +104,7 @@ def _squared_norms(rows: Sequence[RowNorms]) -> list[Tensor | None]:
         products = [term for term in terms if isinstance(term, LowRank)]
         product = target.weight.product(products) if terms and len(products) == len(terms) else None
         if product is not None:
-            at_once[i] = product
+            at_once[i], each.kept = product, None  # a checkpoint may have come with norms
         elif isinstance(delta := target.summed(terms), LowRank):
             kept[i] = delta
         elif delta is not None:
