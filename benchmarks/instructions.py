@@ -25,7 +25,9 @@ from triton.compiler import ASTSource
 from flatlora_optim.kernels import jit
 from flatlora_optim.kernels import triton as kernels
 
-KERNELS = ("perturb", "restore", "norms", "checksum", "fill", "perturb NF4", "norms NF4", "unpack NF4")
+KERNELS = (
+    "perturb", "restore", "norms", "checksum", "fill", "factors", "perturb NF4", "norms NF4", "unpack NF4",
+)  # fmt: skip
 """Those of NF4 are for double quantization; W + eps goes elsewhere, without a journal."""
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 BARS = {"perturb": 90, "restore": 80}
@@ -68,6 +70,9 @@ def compiled(kernel: str, dtype: str, capability: int, regular: bool = False) ->
     elif kernel == "unpack":
         arguments, constants = {"packed": "*i64", "out": f"*{dtype}", "numel": "i32"}, sizes
         constants |= {"DTYPE": DTYPES[dtype], "TILE": kernels.TILE}
+    elif kernel == "factors":
+        arguments = {"table": "*i64", "entries": "*i32", "scales": "*fp32"} | words
+        constants = {"DTYPE": DTYPES[dtype], "TILE": kernels.TILE}
     else:
         arguments = {"out": "*fp32", "numel": "i32"} | words | {"block": "i32"}
         constants = {"TILE": kernels.TILE}

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from flatlora_optim import FlatLoRAOptimizer, NoiseTable
+from flatlora_optim import FlatLoRAOptimizer, LowRankNoise, NoiseTable
 from flatlora_optim.kernels import checksums, has_triton, kernels_of, native, part, plain, sum_of
 from flatlora_optim.kernels.grid import Grid
 from flatlora_optim.kernels.part import Keep
 from flatlora_optim.kernels.plain import Product
-from flatlora_optim.noise import GaussianNoise, Noise, NoiseKey
+from flatlora_optim.noise import FactoredNoise, GaussianNoise, Noise, NoiseKey, fill_factors
 from flatlora_optim.optimizer.param_groups import NORMS
 from flatlora_optim.targets.weights import Bnb4bitWeight
 from flatlora_optim.targets.weights import quantized as quantized_weights
@@ -569,24 +569,44 @@ def quantized(layers: int, columns: int = 64, **options: Any) -> nn.Sequential:
 
 
 @interpreted
-def test_noise_on_weights_in_4_bits_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("packed", "noise"), [(True, "gaussian"), (True, "low_rank"), (False, "low_rank")])
+def test_noise_in_the_forward_waits_for_nothing(
+    packed: bool, noise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counts = []
     for layers in (2, 5):
         config = LoraConfig(r=2, target_modules=[str(i) for i in range(layers)], init_lora_weights=False)
-        model = get_peft_model(quantized(layers), config)
-        optimizer = flatlora(model, noise="gaussian")
+        linears = quantized(layers) if packed else nn.Sequential(*[nn.Linear(6, 8) for _ in range(layers)])
+        optimizer = flatlora(get_peft_model(linears, config), noise=noise)
         optimizer.perturb()  # the first one makes tables, and checks the layout
         optimizer.step()
         with counted(monkeypatch) as perturbing:
             optimizer.perturb()
         with counted(monkeypatch) as restoring:
             optimizer.restore()
-        assert [name for name in perturbing.operations if name.endswith("kernel")] == ["norms_kernel"]
+        launched = [name for name in perturbing.operations if name.endswith("kernel")]
+        assert launched == ["norms_kernel", *(["factors_kernel"] if noise == "low_rank" else [])]
         assert not perturbing.waits
         assert not restoring.waits
         assert not restoring.operations
         counts.append(len(perturbing.operations))
     assert counts[0] == counts[1] <= 16
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_factors_of_several_weights(rank: int, dtype: torch.dtype) -> None:
+    def noise(rows: int, columns: int, row_dim: int, block: int) -> FactoredNoise:
+        stored = (rows, columns) if row_dim == 0 else (columns, rows)
+        grid = Grid(*stored, "cpu", first_block=block)
+        return FactoredNoise(LowRankNoise(rank), NoiseKey(7, 3, 1), grid, torch.rand(rows), row_dim)
+
+    noises = [noise(5, 8, 0, 4), noise(3000, 1500, 0, 9), noise(7, 2, 1, 1 << 31)]
+    places = [tuple(torch.full(shape, 9.0, dtype=dtype) for shape in each.shapes) for each in noises]
+    fill_factors([(each, *place) for each, place in zip(noises, places, strict=True)])
+    for each, place in zip(noises, places, strict=True):
+        assert all(map(torch.equal, place, [factor.to(dtype) for factor in each.factors()]))
 
 
 @interpreted

@@ -102,6 +102,15 @@ def add(parts: Iterable[Part]) -> None:
         kind.add_all(some)
 
 
+def fill_factors(factors: Sequence[tuple[Tensor, Tensor, Recipe]]) -> None:
+    """Overwrites pairs of contiguous tensors with the factors of seeded low-rank noise, those of a device and
+    dtype in one launch. ``has_triton`` must hold for them."""
+    if factors:
+        from . import triton
+
+        triton.fill_factors(factors)
+
+
 def sum_of(packed: Packed, noise: Recipe, dtype: torch.dtype) -> Tensor | None:
     """``W + eps`` in one launch, rounded to ``dtype`` as W and again as the sum. None if Triton's kernels,
     which alone read packed weights, don't take the noise."""

@@ -24,6 +24,9 @@ FIELDS = tl.constexpr(18)
 NORM_FIELDS = tl.constexpr(14)
 """The same of the table for norms."""
 
+FACTOR_FIELDS = tl.constexpr(8)
+"""The same of the table for factors."""
+
 NOTHING, JOURNAL, COPY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """What is kept of the clean weight."""
 
@@ -298,6 +301,39 @@ def _clean(
         return _get(pointer, o, lo, hi, REGULAR)
     is_there = (o >= 0) if REGULAR else (o >= lo) & (o < hi)
     return _rounded(_unpacked(entry + 12, place.to(tl.int32) + o, is_there, SIZE, OUTER), DTYPE)
+
+
+@triton.jit
+def _put_factor(entry, scales, place, z, DTYPE: tl.constexpr):
+    of_left, numel, rank = tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7).to(tl.int32)
+    is_left, is_right = place < of_left, (place >= of_left) & (place < numel)
+    scale = tl.load(scales + tl.load(entry + 2) + place // rank, mask=is_left, other=1.0)
+    left = _rounded(z * tl.div_rn(scale, tl.sqrt_rn(rank.to(tl.float32))), DTYPE)
+    tl.store(_pointer(tl.load(entry), place, DTYPE), left, mask=is_left)
+    tl.store(_pointer(tl.load(entry + 1), place - of_left, DTYPE), _rounded(z, DTYPE), mask=is_right)
+
+
+@triton.jit(do_not_specialize=_STEP)
+def factors_kernel(
+    table, entries, scales, key0, key1, step, replica, DTYPE: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Both factors of the low-rank noise of each weight.
+
+    Args:
+        table: ``FACTOR_FIELDS`` numbers per weight: the addresses of left and right, its first scale, its
+            first tile, its block, the elements of left and of both, and the rank.
+        entries: For each program, the weight.
+    """
+    index = tl.program_id(0)
+    entry = table + tl.load(entries + index) * FACTOR_FIELDS
+    tile = index - tl.load(entry + 3).to(tl.int32)
+    block = tl.load(entry + 4).to(tl.int32)
+    z0, z1, z2, z3 = _gaussians(key0, key1, step, replica, block, tile, TILE)
+    place = tile * TILE + _places(TILE)
+    _put_factor(entry, scales, place, z0, DTYPE)
+    _put_factor(entry, scales, place + 256, z1, DTYPE)
+    _put_factor(entry, scales, place + 512, z2, DTYPE)
+    _put_factor(entry, scales, place + 768, z3, DTYPE)
 
 
 @triton.jit

@@ -72,6 +72,36 @@ def fill(out: Tensor, key: Key, block: int) -> Tensor:
     return out
 
 
+def fill_factors(factors: Sequence[tuple[Tensor, Tensor, Recipe]]) -> None:
+    """The same for both factors of low-rank noise; see ``FactoredNoise.factors``."""
+    for some in _grouped(factors, lambda f: (f[0].device, f[0].dtype, f[2].key.words)):
+        device, dtype = some[0][0].device, some[0][0].dtype
+        weights = tuple(
+            (left.data_ptr(), right.data_ptr(), noise.grid.first_block, *left.shape, right.shape[1])
+            for left, right, noise in some
+        )
+        table, entries = _factor_tables(device, weights)
+        for left, right, _ in some:
+            increment_version((left, right))
+        scales, words = _joined([noise.scales for *_, noise in some]), some[0][2].key.words
+        with _on(device):
+            jit.factors_kernel[(len(entries),)](
+                table, entries, scales, *map(_signed, words),
+                DTYPE=_DTYPES[dtype], TILE=TILE, num_warps=WARPS, **_EXACT,
+            )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _factor_tables(device: torch.device, weights: tuple[tuple[int, ...], ...]) -> list[Tensor]:
+    table, counts = [], []
+    scale = tile = 0
+    for left, right, block, rows, rank, columns in weights:
+        table.append([left, right, scale, tile, block, rows * rank, (rows + columns) * rank, rank])
+        counts.append(triton.cdiv((rows + columns) * rank, TILE))
+        scale, tile = scale + rows, tile + counts[-1]
+    return _copied(device, torch.tensor(table, dtype=torch.int64, device="cpu"), _owners(counts))
+
+
 # ------------------------------------------------------------------------ parts of weights
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from .gaussian import GaussianNoise, NoiseSource
 from .key import NoiseKey
-from .low_rank import FactoredNoise, LowRankNoise, drop_scales
+from .low_rank import FactoredNoise, LowRankNoise, drop_scales, fill_factors
 from .noise import Noise
 from .table import NoiseTable
 
@@ -28,6 +28,7 @@ __all__ = [
     "NoiseSource",
     "NoiseTable",
     "drop_scales",
+    "fill_factors",
     "noise_source",
 ]
 

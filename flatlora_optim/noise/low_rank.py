@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .. import kernels
 from .gaussian import GaussianNoise
 from .noise import Noise
 
@@ -29,23 +30,31 @@ class FactoredNoise(Noise):
     def can_be_fused(self) -> bool:
         return False  # kernels know element-wise noise only
 
+    @property
+    def shapes(self) -> tuple[torch.Size, torch.Size]:
+        """``(m, r)`` and ``(r, n)``. m counts output neurons, also if the weight is stored transposed; then n
+        counts the inputs of all experts, one after the other."""
+        rows, columns = self._sizes
+        experts = self.grid.rows // self.grid.group if self.grid.group else 1
+        return torch.Size((rows * experts, self.source.rank)), torch.Size((self.source.rank, columns))
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        sizes = self.grid.rows, self.grid.row_size
+        return sizes if self.row_dim == 0 else sizes[::-1]
+
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:
-        """``left`` and ``right`` with ``eps = left @ right``, shapes ``(m, r)`` and ``(r, n)``, float32.
-
-        They are for the whole weight, also if it is sharded. m counts output neurons, also if it is stored
-        transposed; then n counts the inputs of all experts, one after the other.
-        """
+        """``left`` and ``right`` with ``eps = left @ right``, float32. They are for the whole weight, also if
+        it is sharded."""
         left, right = self._drawn()
         if self.grid.group:
             left = left.repeat(self.grid.rows // self.grid.group, 1)
-        assert left.shape[0] == self.scales.shape[0]  # else the scales have been dropped
         return left * (self.scales / math.sqrt(self.source.rank))[:, None], right
 
     def _drawn(self) -> tuple[Tensor, Tensor]:
         """U and V.T. All their numbers come from the seed of the weight's first block."""
-        rank, sizes = self.source.rank, (self.grid.rows, self.grid.row_size)
-        rows, columns = sizes if self.row_dim == 0 else sizes[::-1]
+        rank, (rows, columns) = self.source.rank, self._sizes
         numbers = torch.empty(rank * (rows + columns), dtype=torch.float32, device=self.scales.device)
         numbers = self.source.block(self.key, self.grid.first_block, numbers)
         left, right = numbers.split([rank * rows, rank * columns])
@@ -65,11 +74,27 @@ class FactoredNoise(Noise):
         return torch.mm(left[first : first + len(out)], right, out=out)
 
 
+@torch.no_grad()
+def fill_factors(noises: Sequence[tuple[FactoredNoise, Tensor, Tensor]]) -> None:
+    """Writes the factors of each noise to the two tensors that come with it, rounded to their dtype."""
+    at_once = []
+    for noise, left, right in noises:
+        assert noise.scales.shape == left.shape[:1]  # else the scales have been dropped
+        is_seeded = type(noise.source) is LowRankNoise  # a subclass may make other numbers
+        is_known = is_seeded and not noise.grid.group and left.dtype.itemsize in (2, 4)
+        if is_known and kernels.has_triton(left.device):
+            at_once.append((left, right, noise))
+            continue
+        for place, factor in zip((left, right), noise.factors(), strict=True):
+            place.copy_(factor)
+    kernels.fill_factors(at_once)
+
+
 def drop_scales(noises: Sequence[FactoredNoise]) -> None:
     """Drops the scales but for their norm, which loggers ask for: the factors contain them."""
     if noises:
         for noise, norm in zip(noises, torch._foreach_norm([n.scales for n in noises]), strict=True):
-            noise.scales = norm[None]
+            noise.scales = norm
 
 
 class LowRankNoise(GaussianNoise):

@@ -20,10 +20,10 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ..kernels.part import Part, refuse_capture
+from ..kernels.part import Keep, Part
 from ..kernels.threads import lasting_empty
 from ..kernels.uncompiled import at_tracing, uncompiled
-from ..noise import FactoredNoise, Noise, NoiseSource
+from ..noise import FactoredNoise, Noise, NoiseSource, fill_factors
 from ..targets import DenseWeight, FrozenWeight, Target
 from ..targets.sharding import is_sharded
 from ..targets.weights import ExpertsWeight, compute_dtype, own_forward
@@ -94,27 +94,38 @@ class LowRankPerturbation(VirtualPerturbation):
 
     def apply(self, noise: Noise) -> Sequence[Part]:
         assert isinstance(noise, FactoredNoise)
-        if self.held() is not noise:  # the same one comes back after an evaluation
-            self.held = lambda: None
-            self._fill(noise.factors())
-            self.held = weakref.ref(noise)
-        return super().apply(noise)
+        super().apply(noise)
+        if self.held() is noise:  # the same one comes back after an evaluation
+            return ()
+        self.held = lambda: None
+        self._reserve(noise)
+        return [_Factors(self, noise)]
 
     def skip(self) -> None:
         self.held = lambda: None
         self.left.zero_()
 
-    def _fill(self, factors: tuple[Tensor, Tensor]) -> None:
-        """Writes the factors to the tensors that compiled and captured forwards read."""
-        left, right = factors
-        refuse_capture(left.device)  # a forward may be captured, but this must run at each step
-        weight = self.target.weight
+    def _reserve(self, noise: FactoredNoise) -> None:
+        """Memory for the factors, which compiled and captured forwards read: the same at each step."""
+        weight, device = self.target.weight, noise.scales.device
         dtype = weight.tensor.dtype if isinstance(weight, DenseWeight) else compute_dtype(self.target.owner)
-        if (self.left.shape, self.left.dtype, self.left.device) != (left.shape, dtype, left.device):
-            self.left = lasting_empty(left.shape, dtype, left.device)
-            self.right = lasting_empty(right.shape, dtype, right.device)
-        self.left.copy_(left)
-        self.right.copy_(right)
+        left, right = noise.shapes
+        if (self.left.shape, self.left.dtype, self.left.device) != (left, dtype, device):
+            self.left, self.right = (lasting_empty(shape, dtype, device) for shape in (left, right))
+
+
+class _Factors(Part):
+    """The factors of a layer's noise, which are made for many layers at once."""
+
+    def __init__(self, perturbation: LowRankPerturbation, noise: FactoredNoise) -> None:
+        super().__init__(perturbation.left, noise, 0, len(perturbation.left), Keep.NOTHING)
+        self._perturbation, self._factored = perturbation, noise
+
+    @classmethod
+    def perturb_all(cls, parts: Sequence[_Factors]) -> None:  # type: ignore[override]
+        fill_factors([(part._factored, part._perturbation.left, part._perturbation.right) for part in parts])
+        for part in parts:
+            part._perturbation.held = weakref.ref(part._factored)
 
 
 class LowRankExperts(LowRankPerturbation):
