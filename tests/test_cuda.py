@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flatlora_optim import LowRankNoise
 from flatlora_optim.kernels import kernels_of, native, sum_of
-from flatlora_optim.noise import GaussianNoise, Noise, NoiseKey
+from flatlora_optim.kernels.grid import Grid
+from flatlora_optim.noise import FactoredNoise, GaussianNoise, Noise, NoiseKey, fill_factors
 from flatlora_optim.targets.weights import Bnb4bitWeight
 from helpers import OwnLoRA, changed_weights, fingerprint, flatlora, int_view, lora_mlp, loss_of, mlp_batch
 
@@ -104,6 +106,16 @@ def test_a_weight_in_4_bits_is_read_as_by_bitsandbytes(
     merged = weight.dense(torch.float32).double()
     merged += (left * 0.1).bfloat16().double() @ right.bfloat16().double()
     torch.testing.assert_close(norms.double(), merged.square().sum(1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_factors_of_low_rank_noise(dtype: torch.dtype) -> None:
+    scales = torch.rand(300, device=CUDA)
+    noise = FactoredNoise(LowRankNoise(3), NoiseKey(1, 2), Grid(300, 4096, "cuda"), scales)
+    places = [torch.empty(shape, dtype=dtype, device=CUDA) for shape in noise.shapes]
+    fill_factors([(noise, places[0], places[1])])
+    for place, factor in zip(places, noise.factors(), strict=True):
+        torch.testing.assert_close(place, factor.to(dtype))
 
 
 def test_autograd_sees_that_the_weight_was_written() -> None:
