@@ -490,6 +490,7 @@ def draw_methods(cells: Sequence[Compared], path: Path) -> Path:
 
 def _saved(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.get_layout_engine().set(hspace=0.06)
     figure.savefig(path, dpi=110)
     _pyplot().close(figure)
     return path
