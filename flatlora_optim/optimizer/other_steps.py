@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
-import itertools
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from .hooks import Handle, Owner
+from .hooks import Owner
 from .wrapper import OptimizerWrapper, changes_nothing, nested
 
 
-def watch(optimizer: Owner) -> Handle:
+def watch(optimizer: Owner) -> RemovableHandle:
     """From now on, another optimizer's step of its adapters is an error."""
     reference = weakref.ref(optimizer)
 
@@ -31,30 +32,25 @@ def watch(optimizer: Owner) -> Handle:
             "loop, trainer or GradScaler the FlatLoRAOptimizer, or call its close() first"
         )
 
-    number = next(_numbers)
-    _checks[number] = check
-    if not _hook:
-        _hook.append(register_optimizer_step_pre_hook(_check_all))
-    return _Handle(number)
+    _listen()
+    handle = RemovableHandle(_checks)
+    _checks[handle.id] = check
+    return handle
 
 
-_checks: dict[int, Callable[[Optimizer, Any, Any], None]] = {}
-_numbers = itertools.count()
-_hook: list[RemovableHandle] = []
-"""One for all: a finalizer may remove a check while torch iterates over its hooks, which torch forbids."""
+_checks: OrderedDict[int, Callable[[Optimizer, Any, Any], None]] = OrderedDict()
+
+
+@functools.cache
+def _listen() -> None:
+    """Registers one hook for all checks: a finalizer may remove a check while torch iterates over its hooks,
+    which torch forbids."""
+    register_optimizer_step_pre_hook(_check_all)
 
 
 def _check_all(stepping: Optimizer, args: Any, kwargs: Any) -> None:
     for check in list(_checks.values()):
         check(stepping, args, kwargs)
-
-
-class _Handle:
-    def __init__(self, number: int) -> None:
-        self._number = number
-
-    def remove(self) -> None:
-        _checks.pop(self._number, None)
 
 
 def _who_steps(stepping: Optimizer, optimizer: Owner | None) -> str | None:
