@@ -307,26 +307,26 @@ def _clean(
 def _put_factor(entry, scales, place, z, DTYPE: tl.constexpr):
     of_left, numel, rank = tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7).to(tl.int32)
     is_left, is_right = place < of_left, (place >= of_left) & (place < numel)
-    scale = tl.load(scales + tl.load(entry + 2) + place // rank, mask=is_left, other=1.0)
+    scale = tl.load(scales + tl.load(entry + 1) + place // rank, mask=is_left, other=1.0)
     left = _rounded(z * tl.div_rn(scale, tl.sqrt_rn(rank.to(tl.float32))), DTYPE)
     tl.store(_pointer(tl.load(entry), place, DTYPE), left, mask=is_left)
-    tl.store(_pointer(tl.load(entry + 1), place - of_left, DTYPE), _rounded(z, DTYPE), mask=is_right)
+    tl.store(_pointer(tl.load(entry + 3), place - of_left, DTYPE), _rounded(z, DTYPE), mask=is_right)
 
 
 @triton.jit(do_not_specialize=_STEP)
 def factors_kernel(
     table, entries, scales, key0, key1, step, replica, DTYPE: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
+):
     """Both factors of the low-rank noise of each weight.
 
     Args:
-        table: ``FACTOR_FIELDS`` numbers per weight: the addresses of left and right, its first scale, its
-            first tile, its block, the elements of left and of both, and the rank.
+        table: ``FACTOR_FIELDS`` numbers per weight: the address of left, its first scale, its first tile, the
+            address of right, its block, the elements of left and of both, and the rank.
         entries: For each program, the weight.
     """
     index = tl.program_id(0)
     entry = table + tl.load(entries + index) * FACTOR_FIELDS
-    tile = index - tl.load(entry + 3).to(tl.int32)
+    tile = index - tl.load(entry + 2).to(tl.int32)
     block = tl.load(entry + 4).to(tl.int32)
     z0, z1, z2, z3 = _gaussians(key0, key1, step, replica, block, tile, TILE)
     place = tile * TILE + _places(TILE)

@@ -76,11 +76,8 @@ def fill_factors(factors: Sequence[tuple[Tensor, Tensor, Recipe]]) -> None:
     """The same for both factors of low-rank noise; see ``FactoredNoise.factors``."""
     for some in _grouped(factors, lambda f: (f[0].device, f[0].dtype, f[2].key.words)):
         device, dtype = some[0][0].device, some[0][0].dtype
-        weights = tuple(
-            (left.data_ptr(), right.data_ptr(), noise.grid.first_block, *left.shape, right.shape[1])
-            for left, right, noise in some
-        )
-        table, entries = _factor_tables(device, weights)
+        weights = tuple(_describe_factors(*each) for each in some)
+        table, entries = _factor_tables(device, weights, tuple(len(left) for left, *_ in some))
         for left, right, _ in some:
             increment_version((left, right))
         scales, words = _joined([noise.scales for *_, noise in some]), some[0][2].key.words
@@ -91,15 +88,11 @@ def fill_factors(factors: Sequence[tuple[Tensor, Tensor, Recipe]]) -> None:
             )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=64)
-def _factor_tables(device: torch.device, weights: tuple[tuple[int, ...], ...]) -> list[Tensor]:
-    table, counts = [], []
-    scale = tile = 0
-    for left, right, block, rows, rank, columns in weights:
-        table.append([left, right, scale, tile, block, rows * rank, (rows + columns) * rank, rank])
-        counts.append(triton.cdiv((rows + columns) * rank, TILE))
-        scale, tile = scale + rows, tile + counts[-1]
-    return _copied(device, torch.tensor(table, dtype=torch.int64, device="cpu"), _owners(counts))
+def _describe_factors(left: Tensor, right: Tensor, noise: Recipe) -> tuple[int, ...]:
+    """As ``_description``, for ``jit.factors_kernel``."""
+    of_left, numel, rank = left.numel(), left.numel() + right.numel(), len(right)
+    at = right.data_ptr(), noise.grid.first_block, of_left, numel, rank
+    return left.data_ptr(), *at, triton.cdiv(numel, TILE)
 
 
 # ------------------------------------------------------------------------ parts of weights
@@ -188,6 +181,9 @@ def _copied(device: torch.device, *tables: Tensor) -> list[Tensor]:
     """Waits for it: on whatever stream they are read later, they are there."""
     with torch.inference_mode(False):
         return [table.to(device, copy=True) for table in tables]
+
+
+_factor_tables = functools.lru_cache(maxsize=64)(_tables)
 
 
 @functools.lru_cache(maxsize=4096)

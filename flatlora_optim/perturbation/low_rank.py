@@ -117,15 +117,17 @@ class LowRankPerturbation(VirtualPerturbation):
 class _Factors(Part):
     """The factors of a layer's noise, which are made for many layers at once."""
 
+    noise: FactoredNoise
+
     def __init__(self, perturbation: LowRankPerturbation, noise: FactoredNoise) -> None:
         super().__init__(perturbation.left, noise, 0, len(perturbation.left), Keep.NOTHING)
-        self._perturbation, self._factored = perturbation, noise
+        self._perturbation = perturbation
 
     @classmethod
     def perturb_all(cls, parts: Sequence[_Factors]) -> None:  # type: ignore[override]
-        fill_factors([(part._factored, part._perturbation.left, part._perturbation.right) for part in parts])
+        fill_factors([(part.noise, part._perturbation.left, part._perturbation.right) for part in parts])
         for part in parts:
-            part._perturbation.held = weakref.ref(part._factored)
+            part._perturbation.held = weakref.ref(part.noise)
 
 
 class LowRankExperts(LowRankPerturbation):
