@@ -5,6 +5,8 @@ accelerate launch --multi_gpu --num_processes 2 examples/accelerate_ddp.py [--st
 Without a GPU, the same line starts two processes on the CPU.
 """
 
+import gc
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -49,8 +51,9 @@ def main(steps: int, sigma: float) -> None:
         f"Result: loss {sum(losses) / len(losses):.3f} on held-out sequences, "
         f"{accelerator.num_processes} processes"
     )
-    # gloo can hang in its destructor if the last operation is still being cleared away.
-    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    del model
+    gc.collect()  # DDP's cycle would keep the process group until Python is torn down, where gloo can hang
     accelerator.end_training()
 
 
