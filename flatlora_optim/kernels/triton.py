@@ -331,7 +331,7 @@ class _Batch:
             self._originals = torch.empty(room, dtype=bits, device=self._device)
         if before is not None:
             self._positions[:kept], self._originals[:kept] = before
-        self._control.copy_(torch.tensor([kept, 0, room]), non_blocking=True)
+        self._control.copy_(torch.tensor([kept, 0, room], device="cpu"), non_blocking=True)
 
     def _make_up(self) -> None:
         """Waits once, when the journal is new, and puts the noise on tiles that had found no room."""

@@ -149,7 +149,7 @@ def _over_models(estimates: Sequence[ExpectedLoss]) -> tuple[float, float]:
     if len(estimates) == 1:
         (estimate,) = estimates
         return estimate.increase, _half_interval(estimate.samples - estimate.at_minimum)
-    increases = torch.tensor([estimate.increase for estimate in estimates])
+    increases = torch.tensor([estimate.increase for estimate in estimates], device="cpu")
     return float(increases.mean()), _half_interval(increases)
 
 

@@ -192,7 +192,7 @@ def _check_group(group: dict[str, Any], custom_schedule: bool) -> None:
     check_total_steps(group[TOTAL_STEPS])
     if not isinstance(group.get(NOISE, ""), str):
         raise TypeError(f"the checkpoint's noise must be a string, got {group[NOISE]!r:.60}")
-    norms = group.get(NORMS, torch.empty(0, dtype=torch.float32))
+    norms = group.get(NORMS, torch.empty(0, dtype=torch.float32, device="cpu"))
     if not (isinstance(norms, Tensor) and norms.dtype == torch.float32 and norms.ndim == 1):
         raise TypeError(f"the checkpoint's row norms must be a 1-D float32 tensor, got {norms!r:.60}")
     schedule = group[SCHEDULE]

@@ -54,7 +54,7 @@ class LowRankPerturbation(VirtualPerturbation):
     mode = "virtual, low rank"
 
     def __init__(self, target: Target, source: NoiseSource) -> None:
-        self.left = self.right = torch.empty(0)
+        self.left = self.right = torch.empty(0, device="cpu")
         self.held: Callable[[], FactoredNoise | None] = lambda: None
         """The noise that the factors are of, while it lives."""
         super().__init__(target, source)

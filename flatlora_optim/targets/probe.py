@@ -111,7 +111,8 @@ def _inputs(target: Target) -> Iterator[Tensor]:
     dtype = next((p.dtype for p in target.adapter_parameters()), torch.float32)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(weight.device, dtype)
+        numbers = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        return numbers.to(weight.device, dtype)
 
     if isinstance(owner, nn.Embedding):
         yield torch.arange(min(4, weight.shape[0]), device=weight.device)
@@ -152,7 +153,7 @@ def _product(owner: Any, x: Tensor, matrix: Tensor, row_dim: int) -> Tensor:
 def _randomize(parameters: Sequence[nn.Parameter], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters:
-        values = torch.randn(parameter.shape, generator=generator)
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
         parameter.copy_(values / max(1, parameter.shape[-1] if parameter.ndim else 1) ** 0.5)
 
 

@@ -70,7 +70,9 @@ class RowNorms:
 
     def kept_or_unknown(self) -> Tensor:
         """``kept``, or NaNs, which no sketch is near."""
-        return torch.full((self.kept_size,), math.nan) if self.kept is None else self.kept
+        if self.kept is not None:
+            return self.kept
+        return torch.full((self.kept_size,), math.nan, dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()
@@ -164,7 +166,8 @@ def _sketch(delta: LowRank) -> Tensor:
 def _projection(size: int, device: torch.device) -> Tensor:
     """Gaussian numbers, shape ``(size, 8)``, that are the same in each run."""
     generator = torch.Generator().manual_seed(size)
-    return torch.randn(size, _SKETCH, generator=generator).to(device)
+    numbers = torch.randn(size, _SKETCH, generator=generator, dtype=torch.float32, device="cpu")
+    return numbers.to(device)
 
 
 def _batches(rows: Sequence[RowNorms]) -> Iterator[Sequence[RowNorms]]:

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from flatlora_optim import NoiseTable
 from flatlora_optim.kernels import kernels_of
 from flatlora_optim.kernels.threads import for_each
-from helpers import changed_weights, fingerprint, flatlora, lora_mlp, loss_of, mlp_batch
+from flatlora_optim.targets.scales import _projection
+from helpers import OwnLoRA, changed_weights, fingerprint, flatlora, lora_mlp, loss_of, mlp_batch, with_lora
 
 MODES: list[dict[str, Any]] = [
     {"restore": "exact"},
@@ -76,19 +79,57 @@ def test_the_default_device_does_not_matter(options: dict[str, Any], dtype: torc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # for C, and for torch operations
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 def test_the_default_dtype_does_not_matter(default: torch.dtype, dtype: torch.dtype) -> None:
-    model, usual = lora_mlp(dtype), torch.get_default_dtype()
+    model = lora_mlp(dtype)
     with flatlora(model).perturbed():
         expected = fingerprint(model)
 
     def work() -> None:
-        torch.set_default_dtype(default)
-        try:
-            with flatlora(model).perturbed():
-                assert not changed_weights(model, expected)
-        finally:
-            torch.set_default_dtype(usual)
+        with defaults(default), flatlora(model).perturbed():
+            assert not changed_weights(model, expected)
 
     in_a_new_thread(work)
+
+
+def own_layer() -> nn.Module:
+    """Is called on random inputs when the optimizer is built."""
+    return OwnLoRA(torch.ones(64, 64))
+
+
+def quantized_layer() -> nn.Module:
+    """Has row norms that are kept, and projections of the adapter."""
+    return with_lora(nn.Sequential(bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32).to("cpu")), ["0"])
+
+
+@pytest.mark.parametrize("make", [own_layer, quantized_layer])
+@pytest.mark.parametrize("default", [torch.device("meta"), torch.bfloat16, torch.float64], ids=str)
+def test_defaults_do_not_matter_to_random_numbers_of_our_own(
+    default: torch.device | torch.dtype, make: Callable[[], nn.Module]
+) -> None:
+    x, outputs = torch.ones(2, 64), []
+    for change in (defaults(default), nullcontext()):
+        _projection.cache_clear()
+        torch.manual_seed(0)
+        model = make()
+        with change:
+            optimizer = flatlora(model, noise="gaussian")
+            with optimizer.perturbed():
+                outputs.append(model(x))
+            optimizer.state_dict()
+    assert torch.equal(*outputs)
+
+
+@contextmanager
+def defaults(default: torch.device | torch.dtype) -> Iterator[None]:
+    if isinstance(default, torch.device):
+        with default:
+            yield
+        return
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def test_import_with_another_default_device() -> None:
