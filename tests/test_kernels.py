@@ -714,11 +714,15 @@ def test_a_graph_that_is_captured_gets_no_noise(mode: str, monkeypatch: pytest.M
             with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
                 optimizer.restore()
     optimizer.restore()
-    with monkeypatch.context() as patch:
-        patch.setattr(part, "is_captured", lambda device: True)
-        with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
-            optimizer.step(lambda: loss_of(model, mlp_batch()))
-    assert not optimizer.is_perturbed
+    for is_drawn in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(part, "is_captured", lambda device: True)
+            with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+                optimizer.step(lambda: loss_of(model, mlp_batch()))
+        assert not optimizer.is_perturbed
+        # What a capture records is not computed, so it must not be kept.
+        assert (optimizer.metrics()["noise_norm"] > 0) is is_drawn
+        optimizer.step(lambda: loss_of(model, mlp_batch()))
     assert all(torch.equal(now, before[name]) for name, now in fingerprint(model).items())
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..kernels import kernels_of
-from ..kernels.part import read
+from ..kernels.part import read, refuse_capture
 from ..noise import Noise, NoiseKey, NoiseSource, drop_scales
 from ..targets import DenseWeight, Target, sharding
 from ..targets.scales import RowNorms, merged_norms, row_scales
@@ -109,11 +109,13 @@ class NoisyWeights:
         """One noise for each weight: None for sigma 0, without an active adapter, or while merged.
 
         Raises:
-            RuntimeError: Layers that shared a weight don't any more.
+            RuntimeError: Layers that shared a weight don't any more, or a CUDA graph is captured.
         """
         # A merged layer trains nothing, and its weight is W' already.
         targets, attached = self.targets, self.attached()
         chosen = [i for i in attached if sigmas[i] > 0 and not targets[i].merged]
+        for device in {targets[i].weight.device for i in chosen}:
+            refuse_capture(device)  # norms would be recorded, not computed, and the noise kept
         for i in chosen:
             targets[i].check_ties()
         norms = merged_norms([self.norms[i] for i in chosen])
