@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .attributes import has, is_set
 from .hand_written import HandWrittenLoRA, Registration
 from .probe import complaint_of
+from .sharding import whole
 from .target import LowRank, Target, factor_of
 from .weights import UnsupportedAdapterError
 
@@ -183,6 +184,7 @@ class AdapterHubLinear(LibraryLayer):
         if not hasattr(lora, "lora_ind"):
             return self.low_rank(left, right, scaling)
         slices = sum(lora.enable_lora)
+        left, right = whole(left), whole(right)
         rows = F.conv1d(right[None], left[..., None], groups=slices)[0] * scaling
         product = left.new_zeros(self.weight.rows, self.weight.columns)
         product[lora.lora_ind.to(left.device)] = rows

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .attributes import has, innermost_base_layer, is_set
-from .sharding import gathered
+from .sharding import gathered, is_sharded, whole
 from .target import LowRank, Target, factor_of
 from .weights import ExpertsWeight, FrozenWeight, UnsupportedAdapterError, is_plain, read_weight
 
@@ -86,7 +86,7 @@ class PeftLoRA(Target):
     def _product(self, adapter: str, a: Any, b: Any) -> LowRank:
         scaling = float(self.layer.scaling[adapter])
         a, b = factor_of(a, self.weight.device), factor_of(b, self.weight.device)
-        if not (isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter)):  # gathered, or moved
+        if any(is_sharded(each) or not isinstance(each, nn.Parameter) for each in (a, b)):
             return LowRank(*self._factors_of(adapter, a, b), scaling)
         places = a.data_ptr(), a.shape, a.dtype, b.data_ptr(), b.shape, b.dtype
         known, factors = self._factors.get(adapter, (None, None))
@@ -99,7 +99,7 @@ class PeftLoRA(Target):
         """Views of A and B, as ``LowRank`` has them."""
         if adapter in getattr(self.layer, "lora_embedding_A", ()):
             # The weight is stored (tokens, dim), and A.T @ B.T, too: a row is one token's output.
-            return self.low_rank(a.T, b.T, 1.0)[:2]
+            return self.low_rank(whole(a).T, whole(b).T, 1.0)[:2]
         return self.low_rank(b.flatten(1), a.flatten(1), 1.0)[:2]
 
 

@@ -30,9 +30,8 @@ from torch import Tensor
 from ..kernels import kernels_of
 from ..kernels.part import read
 from ..kernels.plain import Product
-from .sharding import sums_over_parts
+from .sharding import Cut, in_a_group, parts_at_once, sums_over_parts
 from .target import LowRank, Target
-from .weights import FrozenWeight
 
 _ELEMENTS_AT_ONCE = 1 << 24
 _TOLERANCE = 0.01
@@ -101,8 +100,8 @@ def _squared_norms(rows: Sequence[RowNorms]) -> list[Tensor | None]:
     squared: dict[int, Tensor] = {}
     at_once: dict[int, Product] = {}
     kept: dict[int, LowRank] = {}
-    for i, each in enumerate(rows):
-        target, terms = each.target, each.target.all_terms()
+    for i, (each, terms) in enumerate(zip(rows, _terms(rows), strict=True)):
+        target = each.target
         products = [term for term in terms if isinstance(term, LowRank)]
         product = target.weight.product(products) if terms and len(products) == len(terms) else None
         if product is not None:
@@ -111,20 +110,41 @@ def _squared_norms(rows: Sequence[RowNorms]) -> list[Tensor | None]:
             kept[i] = delta
         elif delta is not None:
             squared[i] = target.weight.squared_norms_with(delta)
-    weights = [rows[i].target.weight for i in at_once]
-    squared |= zip(at_once, _read(weights, list(at_once.values())), strict=True)
-    tensors = [getattr(rows[i].target.weight, "tensor", None) for i in squared]
-    squared = dict(zip(squared, sums_over_parts(list(squared.values()), tensors), strict=True))
+    squared |= zip(at_once, _read(list(at_once.values())), strict=True)
+    if in_a_group():
+        weights = [rows[i].target.weight for i in squared]
+        tensors = [getattr(weight, "tensor", None) for weight in weights]
+        cut = [(weight.rows, weight.cuts()[0]) for weight in weights]
+        squared = dict(zip(squared, sums_over_parts(list(squared.values()), tensors, cut), strict=True))
     squared |= zip(kept, _kept_or_read([rows[i] for i in kept], list(kept.values())), strict=True)
     return [squared.get(i) for i in range(len(rows))]
 
 
-def _read(weights: Sequence[FrozenWeight], products: Sequence[Product]) -> list[Tensor]:
+def _terms(rows: Sequence[RowNorms]) -> list[list[LowRank | Tensor]]:
+    """What adapters add to each weight; of products, what the local part of a sharded weight needs."""
+    terms = [each.target.all_terms() for each in rows]
+    if not in_a_group():
+        return terms
+    wanted: list[tuple[Tensor, int, Cut]] = []
+    for each, some in zip(rows, terms, strict=True):
+        products = [term for term in some if isinstance(term, LowRank)]
+        cuts = each.target.weight.cuts() if len(products) == len(some) else (Cut(), Cut())
+        for term in products:
+            wanted += (term.left, 0, cuts[0]), (term.right, 1, cuts[1])
+    parts = iter(parts_at_once(wanted))
+
+    def here(term: LowRank | Tensor) -> LowRank | Tensor:
+        return LowRank(next(parts), next(parts), term.scaling) if isinstance(term, LowRank) else term
+
+    return [list(map(here, some)) for some in terms]
+
+
+def _read(products: Sequence[Product]) -> list[Tensor]:
     """``||W'[i]||^2`` of the local parts, by one pass over each weight."""
     partial: list[Tensor] = []
     for device, some in groupby(products, lambda product: product.weight.device):
         partial += kernels_of(device).squared_norms(list(some))
-    return [weight.of_all_rows(local) for weight, local in zip(weights, partial, strict=True)]
+    return partial
 
 
 def _kept_or_read(rows: Sequence[RowNorms], deltas: Sequence[LowRank]) -> list[Tensor]:

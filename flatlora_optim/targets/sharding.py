@@ -6,10 +6,11 @@ those of the whole weight, and row norms are summed over the parts.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
@@ -26,10 +27,8 @@ def local_part(tensor: Any) -> Tensor:
 
     That may be the tensor itself: with hundreds of weights, each operation costs time.
     """
-    if is_sharded(tensor):
-        tensor = tensor.detach().to_local()
-    local: Tensor = tensor.detach() if tensor.requires_grad else tensor
-    return local
+    local: Tensor = tensor._local_tensor if is_sharded(tensor) else tensor  # `to_local` would make a view
+    return local.detach() if local.requires_grad and torch.is_grad_enabled() else local
 
 
 def place_of(tensor: Any) -> tuple[torch.device, int] | None:
@@ -44,9 +43,14 @@ def place_of(tensor: Any) -> tuple[torch.device, int] | None:
 
 def whole(tensor: Any) -> Tensor:
     """All parts of the tensor, gathered on each process."""
-    tensor = tensor.detach()
-    values: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    values: Tensor = tensor.detach().full_tensor() if is_sharded(tensor) else tensor
     return values
+
+
+def has_parts_of_matrix(tensor: Any) -> bool:
+    """Whether the parts of the sharded tensor are parts of ``tensor.flatten(1)``, cut along dim 0 or 1."""
+    dims = 2 if tensor.ndim == 2 else 1
+    return all(each.is_replicate() or getattr(each, "dim", dims) < dims for each in tensor.placements)
 
 
 def gathered(module: nn.Module, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
@@ -72,30 +76,128 @@ def like(tensor: Any, local: Tensor) -> Tensor:
     )
 
 
-def region(tensor: Any) -> tuple[int, slice]:
-    """Where the local part is: its first row along dim 0, and which elements of each row it has."""
+class Cut(NamedTuple):
+    """How a dim is shared out.
+
+    Args:
+        among: The same on all processes: the mesh, the dim's size, and which of the mesh's dims cut it, with
+            their placements. Empty if the dim is not cut.
+        here: What of it this process holds.
+    """
+
+    among: tuple[Any, ...] = ()
+    here: slice = slice(None)
+
+
+def cuts(tensor: Any) -> tuple[Cut, Cut]:
+    """How the rows (dim 0) are cut, and how the elements of each row."""
     if not is_sharded(tensor):
-        return 0, slice(None)
+        return Cut(), Cut()
+    mesh = tensor.device_mesh
+    return _cuts(tensor.shape, mesh, tuple(mesh.get_coordinate()), tensor.placements)
+
+
+@functools.lru_cache(maxsize=1024)  # torch computes offsets by operations on tensors
+def _cuts(
+    shape: torch.Size, mesh: Any, coordinate: tuple[int, ...], placements: tuple[Any, ...]
+) -> tuple[Cut, Cut]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    if any(
-        getattr(placement, "dim", 2) > 1 and not placement.is_replicate() for placement in tensor.placements
-    ):
+    if any(getattr(placement, "dim", 2) > 1 and not placement.is_replicate() for placement in placements):
         raise ValueError(
-            f"a frozen weight is placed as {tensor.placements}; only weights that are sharded along "
+            f"a frozen weight is placed as {placements}; only weights that are sharded along "
             "dim 0 or 1 can be perturbed"
         )
-    sizes, offsets = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    if sizes[1] == tensor.shape[1]:
-        return offsets[0], slice(None)
-    inner = tensor.shape[2:].numel()
-    return offsets[0], slice(offsets[1] * inner, (offsets[1] + sizes[1]) * inner)
+    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+
+    def cut(dim: int, unit: int) -> Cut:
+        by = [(i, each) for i, each in enumerate(placements) if getattr(each, "dim", None) == dim]
+        here = slice(offsets[dim] * unit, (offsets[dim] + sizes[dim]) * unit)
+        return Cut((mesh, shape[dim], *by) if by else (), slice(None) if sizes[dim] == shape[dim] else here)
+
+    return cut(0, 1), cut(1, shape[2:].numel())
 
 
-def sums_over_parts(partial: Sequence[Tensor], weights: Sequence[Any]) -> list[Tensor]:
-    """The sum over all parts of each weight, on all processes: one reduction for all that are cut alike."""
+def parts_at_once(wanted: Sequence[tuple[Any, int, Cut]]) -> list[Tensor]:
+    """The parts of matrices that this process needs, by one collective for all that are alike.
+
+    Args:
+        wanted: A matrix, sharded or not; a dim and a cut of it, of which the part that is here is needed. Of
+            the other dim, all is needed.
+    """
+    parts = [local_part(matrix) for matrix, _, _ in wanted]
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    held = set()
+    for i, (matrix, dim, cut) in enumerate(wanted):
+        missing = [each.among for each in cuts(matrix)]
+        if missing[dim] == cut.among:
+            missing[dim] = ()
+            held.add(i)
+        rows, columns = missing
+        # What we gather, and in which order, follows from what is the same on all processes.
+        if columns or not _are_chunks(rows):
+            parts[i] = whole(matrix)
+            held.discard(i)
+        elif rows:
+            mesh, _, (along, _) = rows
+            alike.setdefault((mesh, along, matrix.dtype, parts[i].shape[1:]), []).append(i)
+    for (mesh, along, *_), some in alike.items():
+        sizes = tuple(wanted[i][0].shape[0] for i in some)
+        gathered = _gathered_rows([parts[i] for i in some], sizes, mesh, along)
+        for i, each in zip(some, gathered, strict=True):
+            parts[i] = each
+    for i, (_, dim, cut) in enumerate(wanted):
+        if i not in held and cut.here != slice(None):
+            parts[i] = parts[i][cut.here] if dim == 0 else parts[i][:, cut.here]
+    return parts
+
+
+def _are_chunks(among: tuple[Any, ...]) -> bool:
+    """Whether the dim is cut as by ``torch.chunk``, if at all: once, and not as by FSDP2 on top of TP."""
+    return not among or (len(among) == 3 and type(among[2][1]).__name__ == "Shard")
+
+
+def _gathered_rows(
+    parts: Sequence[Tensor], sizes: tuple[int, ...], mesh: Any, along: int
+) -> tuple[Tensor, ...]:
+    """All rows of tensors of which each process along this dim of the mesh has a chunk.
+
+    Args:
+        sizes: The number of rows of each.
+    """
+    count = mesh.size(along)
+    most, order = _order_of_rows(sizes, count, parts[0].device)
+    padding = parts[0].new_empty(most - sum(map(len, parts)), *parts[0].shape[1:])
+    mine = torch.cat([*parts, padding])
+    gathered = mine.new_empty(count * most, *mine.shape[1:])
+    torch.distributed.all_gather_into_tensor(gathered, mine, group=mesh.get_group(along))
+    return gathered.index_select(0, order).split(sizes)  # type: ignore[no-any-return]
+
+
+@functools.lru_cache(maxsize=64)
+def _order_of_rows(sizes: tuple[int, ...], count: int, device: torch.device) -> tuple[int, Tensor]:
+    """How many rows the first of ``count`` processes has, which has most, and where each row is if all send
+    as many."""
+    pieces: list[list[Tensor]] = []
+    ends = [0] * count
+    for size in sizes:
+        chunk = -(-size // count)
+        lengths = [max(0, min(chunk, size - chunk * i)) for i in range(count)]
+        pieces.append([torch.arange(end, end + length) for end, length in zip(ends, lengths, strict=True)])
+        ends = [end + length for end, length in zip(ends, lengths, strict=True)]
+    order = [piece + ends[0] * i for some in pieces for i, piece in enumerate(some)]
+    return ends[0], torch.cat(order).to(device)
+
+
+def sums_over_parts(
+    partial: Sequence[Tensor], weights: Sequence[Any], rows: Sequence[tuple[int, Cut]]
+) -> list[Tensor]:
+    """The sums over all parts of each weight, on all processes: one reduction for all that are cut alike.
+
+    Args:
+        partial: Those over the local part, for its rows (output neurons) or for all.
+        rows: How many rows each weight has, and how they are cut.
+    """
     alike: dict[tuple[Any, ...], list[int]] = {}
     for i, weight in enumerate(weights):
         if is_sharded(weight) and (dims := _sharded_dims(weight)):
@@ -103,11 +205,29 @@ def sums_over_parts(partial: Sequence[Tensor], weights: Sequence[Any]) -> list[T
     sums = list(partial)
     for (mesh, *dims), some in alike.items():
         flat = torch.cat([partial[i] for i in some])
+        sizes = tuple(rows[i][0] for i in some)
+        if len(flat) < sum(sizes):
+            all_rows = flat.new_zeros(sum(sizes))
+            ours = tuple((_first(partial[i], *rows[i]), len(partial[i])) for i in some)
+            flat = all_rows.index_copy_(0, _places(sizes, ours, flat.device), flat)
         for dim in dims:
             torch.distributed.all_reduce(flat, group=mesh.get_group(dim))
-        for i, each in zip(some, flat.split([len(partial[i]) for i in some]), strict=True):
+        for i, each in zip(some, flat.split(sizes), strict=True):
             sums[i] = each
     return sums
+
+
+def _first(partial: Tensor, rows: int, cut: Cut) -> int:
+    return 0 if len(partial) == rows else cut.here.start
+
+
+@functools.lru_cache(maxsize=64)
+def _places(sizes: tuple[int, ...], ours: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Where our rows of each weight, from a first one on and so many, are among all rows of all."""
+    ends = itertools.accumulate(sizes)
+    firsts = (end - size + first for end, size, (first, _) in zip(ends, sizes, ours, strict=True))
+    places = [torch.arange(first, first + count) for first, (_, count) in zip(firsts, ours, strict=True)]
+    return torch.cat(places).to(device)
 
 
 def replica(model: nn.Module) -> int:
@@ -164,7 +284,7 @@ def before_gathering(module: Any, hook: object) -> Iterator[None]:
     the front.
     """
     hooks = module._forward_pre_hooks
-    earlier = list(takewhile(lambda other: other is not hook, hooks.values()))
+    earlier = list(itertools.takewhile(lambda other: other is not hook, hooks.values()))
     if not any(getattr(other, "__module__", "").startswith("torch.distributed.fsdp") for other in earlier):
         yield
         return

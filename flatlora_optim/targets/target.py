@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .attributes import is_set
-from .sharding import is_sharded, whole
+from .sharding import has_parts_of_matrix, is_sharded, whole
 from .weights import FrozenWeight, UnsupportedAdapterError
 
 
@@ -21,7 +21,7 @@ class LowRank(NamedTuple):
     """An adapter product ``scaling * left @ right``.
 
     Shapes ``(m, r)`` and ``(r, n)``, where ``m`` counts output neurons; any floating dtype. Experts have one
-    more dim in front.
+    more dim in front. Factors may be sharded, as their parameters are.
     """
 
     left: Tensor
@@ -93,8 +93,8 @@ class Target:
             return deltas[0] if deltas else None
         products = [delta for delta in deltas if isinstance(delta, LowRank)]
         if len(products) == len(deltas):
-            left = torch.cat([term.left.float() * term.scaling for term in products], -1)
-            return LowRank(left, torch.cat([term.right.float() for term in products], -2), 1.0)
+            left = torch.cat([whole(term.left).float() * term.scaling for term in products], -1)
+            return LowRank(left, torch.cat([whole(term.right).float() for term in products], -2), 1.0)
         total = torch.zeros(self.weight.shape, device=self.weight.device)
         for delta in deltas:
             total += self.as_stored(delta)
@@ -104,7 +104,7 @@ class Target:
         """The product as one tensor, in the weight's stored shape."""
         if isinstance(delta, Tensor):
             return delta
-        matrix = delta.scaling * delta.left.float() @ delta.right.float()
+        matrix = delta.scaling * whole(delta.left).float() @ whole(delta.right).float()
         return (matrix.mT if self.weight.row_dim else matrix).reshape(self.weight.shape)
 
     def check(self) -> None:
@@ -175,9 +175,9 @@ class Target:
 
 
 def factor_of(part: nn.Module | Tensor, device: torch.device) -> Tensor:
-    """A factor's values, gathered if the parameter is sharded. The parameter itself, where possible."""
+    """A factor: the parameter itself, where possible, also if it is sharded."""
     tensor: Tensor = part if isinstance(part, Tensor) else part.weight  # type: ignore[assignment]
-    if is_sharded(tensor):
+    if is_sharded(tensor) and not (tensor.device == device and has_parts_of_matrix(tensor)):
         tensor = whole(tensor)
     if tensor.requires_grad and torch.is_grad_enabled():
         tensor = tensor.detach()
@@ -191,5 +191,5 @@ def names_of(targets: Iterable[Target]) -> str:
 
 
 def values_of(part: nn.Module | Tensor, device: torch.device) -> Tensor:
-    """``factor_of`` in float32."""
-    return factor_of(part, device).float()
+    """All values of a factor, in float32."""
+    return whole(factor_of(part, device)).float()

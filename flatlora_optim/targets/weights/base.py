@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...kernels.grid import Grid
 from ...kernels.part import Packed
 from ...kernels.plain import Product
+from ..sharding import Cut
 
 Delta = tuple[Tensor, Tensor, float]
 """``left``, ``right`` and ``scaling`` of a low-rank product, shapes ``(rows, r)`` and ``(r, columns)``."""
@@ -64,12 +65,16 @@ class FrozenWeight:
         return None
 
     def product(self, deltas: Sequence[Delta]) -> Product | None:
-        """``W + deltas`` of the local part, for kernels that read many weights; None if they can't."""
+        """``W + deltas`` of the local part, for kernels that read many weights; None if they can't.
+
+        Args:
+            deltas: With those rows and columns that ``cuts`` has here.
+        """
         return None
 
-    def of_all_rows(self, values: Tensor) -> Tensor:
-        """Values for the rows of the local part, with zeros for the other rows."""
-        return values
+    def cuts(self) -> tuple[Cut, Cut]:
+        """How rows (output neurons) and columns (inputs) are shared out."""
+        return Cut(), Cut()
 
     def slices(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yields ``(lo, hi, values)``: float32 rows ``[lo, hi)`` along dim 0 of the whole weight.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...kernels.grid import Grid
 from ...kernels.plain import Product
-from ..sharding import is_sharded, local_part, place_of, region
+from ..sharding import Cut, cuts, is_sharded, local_part, place_of
 from .base import Delta, FrozenWeight
 
 
@@ -55,32 +55,19 @@ class DenseWeight(FrozenWeight):
             yield grid.first_row + lo, grid.first_row + hi, local[lo:hi].float().flatten(1)
 
     def product(self, deltas: Sequence[Delta]) -> Product:
-        terms = [(left, right, scaling) for left, right, scaling in deltas]
-        if not self.is_whole:
-            rows, columns = self._region()
-            terms = [(left[rows], right[:, columns], scaling) for left, right, scaling in terms]
-        return Product(local_part(self.tensor), *terms[0], self.row_dim, tuple(terms[1:]))
+        (left, right, scaling), *more = deltas
+        return Product(local_part(self.tensor), left, right, scaling, self.row_dim, tuple(more))
 
-    def of_all_rows(self, values: Tensor) -> Tensor:
-        if values.shape[0] == self.rows:
-            return values
-        out = torch.zeros(self.rows, dtype=torch.float32, device=self.device)
-        out[self._region()[0]] = values
-        return out
-
-    def _region(self) -> tuple[slice, slice]:
-        """Which rows (output neurons) and columns (inputs) the local part holds."""
-        grid = self.grid()
-        dims = slice(grid.first_row, grid.first_row + local_part(self.tensor).shape[0]), grid.columns
-        rows, columns = reversed(dims) if self.row_dim else dims
-        return rows, columns
+    def cuts(self) -> tuple[Cut, Cut]:
+        first, second = cuts(self.tensor)
+        return (second, first) if self.row_dim else (first, second)
 
     def grid(self, first_block: int = 0) -> Grid:
         grid = super().grid(first_block)
         if self.is_whole:
             return grid
-        first_row, columns = region(self.tensor)
-        return grid._replace(first_row=first_row, columns=columns)
+        rows, columns = cuts(self.tensor)
+        return grid._replace(first_row=rows.here.start or 0, columns=columns.here)
 
     def overlaps(self, other: DenseWeight) -> bool:
         """Whether both contain the same element. Views that only interleave don't."""
