@@ -11,8 +11,8 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -23,11 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from counting import counted
 from flatlora_optim import FlatLoRAOptimizer, LowRankNoise, NoiseTable
-from flatlora_optim.kernels import checksums, has_triton, kernels_of, native, part, plain, sum_of
+from flatlora_optim.kernels import has_triton, kernels_of, native, part, plain, sum_of
 from flatlora_optim.kernels.grid import Grid
 from flatlora_optim.kernels.part import Keep
 from flatlora_optim.kernels.plain import Product
@@ -382,59 +382,6 @@ def test_each_sampled_element_counts(dtype: torch.dtype) -> None:
 
 
 # ---------------------------------------------------------------------- launches and waits
-
-
-class Counter(TorchDispatchMode):
-    """Counts torch operations, launches of kernels, and waits for the device."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "equal", "item", "is_nonzero")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[str] = []
-        self.waits: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        self.operations.append(name)
-        if name in self.WAITS:
-            self.waits.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
-    from flatlora_optim.kernels import jit
-    from flatlora_optim.kernels import triton as kernels
-    from flatlora_optim.perturbation import states
-    from flatlora_optim.targets import scales
-
-    counter = Counter()
-
-    def read(tensor: Tensor) -> list[int]:
-        counter.waits.append("read")
-        with torch.utils._python_dispatch._disable_current_modes():
-            return tensor.tolist()
-
-    class Launched:
-        def __init__(self, name: str, kernel: Any) -> None:
-            self.name, self.kernel = name, kernel
-
-        def __getitem__(self, grid: Any) -> Any:
-            def launch(*args: Any, **kwargs: Any) -> None:
-                counter.operations.append(self.name)
-                with torch.utils._python_dispatch._disable_current_modes():
-                    self.kernel[grid](*args, **kwargs)
-
-            return launch
-
-    with monkeypatch.context() as patch:
-        for module in (kernels, scales, checksums, states):
-            patch.setattr(module, "read", read)
-        for name in [name for name in vars(jit) if name.endswith("_kernel")]:
-            patch.setattr(jit, name, Launched(name, getattr(jit, name)))
-        with counter:
-            yield counter
 
 
 class Experts(nn.Module):

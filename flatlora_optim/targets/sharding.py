@@ -245,7 +245,12 @@ def replica(model: nn.Module) -> int:
     # Copies along the leading dims are data parallelism (HSDP). Duplicates along a later dim belong to one
     # copy of the model.
     copies = shards[0] if shards else 0
-    return int(mesh.mesh[tuple(mesh.get_coordinate()[:copies])].min())
+    return _lowest_rank(mesh, tuple(mesh.get_coordinate()[:copies]))
+
+
+@functools.lru_cache(maxsize=64)
+def _lowest_rank(mesh: Any, place: tuple[int, ...]) -> int:
+    return int(mesh.mesh[place].min())
 
 
 def fsdp_modules(model: nn.Module) -> Iterator[Any]:

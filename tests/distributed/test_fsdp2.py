@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -129,19 +128,6 @@ def test_same_noise_and_curve_as_the_whole_model(reshard_after_forward: bool) ->
     in_one_process = {name: train(name, lambda model: model) for name in MODELS}
     for of_rank in launch(train_sharded, reshard_after_forward):
         torch.testing.assert_close(of_rank, in_one_process, rtol=2e-6, atol=1e-7)
-
-
-def reductions() -> int:
-    optimizer = flatlora(shard(lora_mlp()))
-    assert len(optimizer.targets) > 1
-    with patch.object(dist, "all_reduce", side_effect=dist.all_reduce) as reduce:
-        optimizer.perturb()
-    optimizer.restore()
-    return reduce.call_count
-
-
-def test_the_norms_of_all_weights_are_summed_at_once() -> None:
-    assert launch(reductions) == [1, 1]
 
 
 def in_mixed_precision() -> None:

@@ -1,4 +1,4 @@
-"""Tensor parallelism: column- and row-wise weights, which are DTensors cut along dim 0 and 1."""
+"""Tensor parallelism: column- and row-wise weights, DTensors cut along dim 0 and 1; alone and under FSDP2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -19,14 +20,14 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def parallelize(model: nn.Module) -> nn.Module:
+def parallelize(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
     plan = {
         "fc1.base_layer": ColwiseParallel(),
         "fc1.lora_B.default": ColwiseParallel(),
         "fc2.base_layer": RowwiseParallel(),
         "fc2.lora_A.default": RowwiseParallel(),
     }
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     return parallelize_module(model, mesh, {f"base_model.model.{k}": v for k, v in plan.items()})
 
 
@@ -58,6 +59,17 @@ def train_in_parallel() -> dict[str, Any]:
 def test_same_noise_and_curve_as_the_whole_model() -> None:
     expected = train(lora_mlp())
     for actual in launch(train_in_parallel):
+        torch.testing.assert_close(actual, expected, rtol=2e-6, atol=1e-7)
+
+
+def train_in_both() -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    return train(fully_shard(parallelize(lora_mlp(), mesh["tensor"]), mesh=mesh["data"]))
+
+
+def test_fsdp2_on_top() -> None:
+    expected = train(lora_mlp())
+    for actual in launch(train_in_both, world=4):
         torch.testing.assert_close(actual, expected, rtol=2e-6, atol=1e-7)
 
 
