@@ -165,13 +165,13 @@ def _gathered_rows(
     Args:
         sizes: The number of rows of each.
     """
-    count = mesh.size(along)
-    most, order = _order_of_rows(sizes, count, parts[0].device)
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    most, order = _order_of_rows(sizes, mesh.size(along), parts[0].device)
     padding = parts[0].new_empty(most - sum(map(len, parts)), *parts[0].shape[1:])
-    mine = torch.cat([*parts, padding])
-    gathered = mine.new_empty(count * most, *mine.shape[1:])
-    torch.distributed.all_gather_into_tensor(gathered, mine, group=mesh.get_group(along))
-    return gathered.index_select(0, order).split(sizes)  # type: ignore[no-any-return]
+    placements = [Shard(0) if dim == along else Replicate() for dim in range(mesh.ndim)]
+    joined = DTensor.from_local(torch.cat([*parts, padding]), mesh, placements, run_check=False)
+    return whole(joined).index_select(0, order).split(sizes)  # type: ignore[no-any-return]
 
 
 @functools.lru_cache(maxsize=64)

@@ -100,9 +100,8 @@ def test_work_and_collectives_do_not_grow_with_the_number_of_weights(monkeypatch
             assert few == many
             perturbing, restoring = few
             # A is gathered, B is there already; tensor parallelism has both where they are needed.
-            assert perturbing.count("c10d::_allgather_base_") == (engine == "fsdp2")
-            assert perturbing.count("c10d::allreduce_") == 1
-            assert len([name for name in perturbing if "::" in name]) == 1 + (engine == "fsdp2")
-            assert len(perturbing) <= 40
+            assert len([name for name in perturbing if "gather" in name]) == (engine == "fsdp2")
+            assert len([name for name in perturbing if "reduce" in name]) == 1
+            assert len(perturbing) <= 48
             assert not any("::" in name for name in restoring)
             assert len(restoring) <= 16
