@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from counting import counted
 from flatlora_optim import FlatLoRAOptimizer, LowRankNoise, NoiseTable
-from flatlora_optim.kernels import has_triton, kernels_of, native, part, plain, sum_of
+from flatlora_optim.kernels import has_triton, kernels_of, native, part, plain, sum_of, unpacked
 from flatlora_optim.kernels.grid import Grid
 from flatlora_optim.kernels.part import Keep
 from flatlora_optim.kernels.plain import Product
@@ -499,11 +499,36 @@ def test_a_weight_in_4_bits_that_is_stored_in_another_way_is_left_to_bitsandbyte
         original = weight._functional.dequantize_4bit
         swapped = lambda codes, state: original(codes >> 4 | codes << 4, state)  # noqa: E731
         monkeypatch.setattr(weight._functional, "dequantize_4bit", swapped)
+        weight = Bnb4bitWeight(layer)
     elif change == "dtype":
         state.absmax = state.absmax.double()
     else:
         state.packing_format_for_cpu = True
     assert weight.packed() is None
+
+
+@interpreted
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_storage_of_a_weight_in_4_bits_is_checked_once_and_after_each_change(nested: bool) -> None:
+    layer, other = quantized(2, compress_statistics=nested)
+    weight, state = Bnb4bitWeight(layer), layer.weight.quant_state
+    weight._numbers_of = checks = Mock(wraps=weight._numbers_of)
+    scales = state.state2 if nested else state
+    changes: list[Callable[[], object]] = [
+        lambda: None,
+        lambda: setattr(layer.weight, "data", layer.weight.data.clone()),  # as `model.to()` does
+        lambda: setattr(scales, "absmax", scales.absmax * 2),
+        lambda: setattr(state, "absmax", state.absmax.clone()),
+        lambda: setattr(layer, "weight", other.weight),
+    ]
+    for count, change in enumerate(changes, start=1):
+        change()
+        for _ in range(2):
+            packed = weight.packed()
+            assert packed is not None
+            assert checks.call_count == count
+        with eager():
+            assert torch.equal(unpacked(packed, torch.float32), weight.dense(torch.float32))
 
 
 def quantized(layers: int, columns: int = 64, **options: Any) -> nn.Sequential:

@@ -34,6 +34,9 @@ class Bnb4bitWeight(FrozenWeight):
                 "pip install 'flatlora-optim[qlora]'"
             ) from error
         self._functional = functional
+        self._seen: tuple[Any, ...] | None = None
+        """What the last answer of ``packed`` was for, and next the 16 numbers that it had."""
+        self._numbers: Tensor | None = None
 
     def _quant_state(self) -> Any:
         state = getattr(self.layer.weight, "quant_state", None)
@@ -67,32 +70,40 @@ class Bnb4bitWeight(FrozenWeight):
         return packed
 
     def packed(self) -> Packed | None:
-        if not has_triton(self.device) or (packed := self._packed()) is None:
+        if not has_triton(self.device):
             return None
-        layout = packed.device, packed.shape, self._quant_state().quant_type, packed.size, packed.outer_size
-        if layout not in _values:  # waits once
-            _values[layout] = packed.values if self._begins_as(packed) else None
-        values = _values[layout]
-        return None if values is None else packed._replace(values=values)
-
-    def _packed(self) -> Packed | None:
-        """The tensors as releases up to 0.50 store them; None if these are others."""
-        state, codes, shape = self._quant_state(), self.layer.weight, self.shape
+        state = self._quant_state()
         outer = (state.state2.code, state.state2.absmax, state.offset) if state.nested else ()
         sizes = state.blocksize, state.state2.blocksize if state.nested else 0
-        numbers = state.code, *(outer or [state.absmax])
-        tensors = codes, state.absmax, *numbers
+        packed = Packed(self.shape, self.layer.weight, state.code, state.absmax, sizes[0], outer, sizes[1])
+        layout = state.quant_type, getattr(state, "packing_format_for_cpu", False), packed.shape, sizes
+        seen = layout, fingerprint_of((packed.codes, state.code, state.absmax, *outer))
+        if seen != self._seen:  # the checks take long for what each forward and backward asks
+            self._numbers = self._numbers_of(packed, *layout[:2])
+            self._seen = seen
+        return None if self._numbers is None else packed._replace(values=self._numbers)
+
+    def _numbers_of(self, packed: Packed, quant_type: str, is_repacked: bool) -> Tensor | None:
+        """``values``, if the tensors are as releases up to 0.50 store them."""
+        shape, codes = packed.shape, packed.codes
+        numbers = packed.values, *(packed.outer or [packed.scales])
         is_known = (
-            state.quant_type in ("nf4", "fp4")
+            quant_type in ("nf4", "fp4")
             and len(shape) == 2
-            and not getattr(state, "packing_format_for_cpu", False)
+            and not is_repacked
             and codes.nbytes == (shape.numel() + 1) // 2
             and shape.numel() < 1 << 31
-            and state.absmax.dtype == (torch.uint8 if outer else torch.float32)
-            and all(tensor.dtype == torch.float32 for tensor in numbers)
-            and all(tensor.is_contiguous() and tensor.device == codes.device for tensor in tensors)
+            and packed.scales.dtype == (torch.uint8 if packed.outer else torch.float32)
+            and all(each.dtype == torch.float32 for each in numbers)
+            and all(each.is_contiguous() for each in (codes, packed.scales, *numbers))
+            and all(each.device == codes.device for each in (packed.scales, *numbers))
         )
-        return Packed(shape, codes, state.code, state.absmax, sizes[0], outer, sizes[1]) if is_known else None
+        if not is_known:
+            return None
+        layout = packed.device, shape, quant_type, packed.size, packed.outer_size
+        if layout not in _values:  # waits once
+            _values[layout] = packed.values if self._begins_as(packed) else None
+        return _values[layout]
 
     @torch.no_grad()
     def _begins_as(self, packed: Packed) -> bool:
