@@ -167,11 +167,13 @@ def _gathered_rows(
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    most, order = _order_of_rows(sizes, mesh.size(along), parts[0].device)
+    device = parts[0].device
+    most, order = _order_of_rows(sizes, mesh.size(along), device)
     padding = parts[0].new_empty(most - sum(map(len, parts)), *parts[0].shape[1:])
     placements = [Shard(0) if dim == along else Replicate() for dim in range(mesh.ndim)]
     joined = DTensor.from_local(torch.cat([*parts, padding]), mesh, placements, run_check=False)
-    return whole(joined).index_select(0, order).split(sizes)  # type: ignore[no-any-return]
+    rows = whole(joined).to(device)  # offloaded parts have gone to the mesh's own device
+    return rows.index_select(0, order).split(sizes)  # type: ignore[no-any-return]
 
 
 @functools.lru_cache(maxsize=64)
