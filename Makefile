@@ -63,6 +63,7 @@ explore: $(VENV)/.dev  ## Run the property tests with fresh random seeds, for BU
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/explore.py $(BUDGET)
 
 TRITON_TESTS := $(patsubst %,tests/test_%.py,kernels misuse observers styles state_machine quantized) \
+	tests/distributed/test_sharding.py \
 	$(patsubst %,tests/test_exactness.py::test_%,real_adapter_layers_come_back the_sum_is_rounded_once_from_float32_or_wider \
 	rows_that_are_not_finite_get_no_noise_and_the_others_do a_snapshot_fits_a_weight_that_was_cast_between_steps)
 

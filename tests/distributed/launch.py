@@ -18,20 +18,12 @@ from torch.multiprocessing import start_processes
 multiprocessing.set_forkserver_preload(["torch", "torch.distributed.fsdp", "peft"])
 
 
-def launch(
-    worker: Callable[..., Any],
-    *args: Any,
-    world: int = 2,
-    timeout: float = 100,
-    method: str = "forkserver",
-) -> list[Any]:
-    """What ``worker(*args)`` returns on each rank. Raises what a worker raises.
-
-    Args:
-        method: How processes start. With "spawn", slowly, they see changes to ``os.environ``.
-    """
+def launch(worker: Callable[..., Any], *args: Any, world: int = 2, timeout: float = 100) -> list[Any]:
+    """What ``worker(*args)`` returns on each rank. Raises what a worker raises."""
     with TemporaryDirectory() as folder:
-        group = start_processes(_main, (worker, args, world, folder), world, join=False, start_method=method)
+        group = start_processes(
+            _main, (worker, args, world, folder), world, join=False, start_method="forkserver"
+        )
         deadline = time.monotonic() + timeout
         try:
             while not group.join(timeout=1):

@@ -15,6 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from counting import counted
+from flatlora_optim.kernels import has_triton
 from flatlora_optim.targets.sharding import cuts, parts_at_once
 from helpers import flatlora, with_lora
 from launch import launch
@@ -57,6 +58,8 @@ def adapted(engine: str, layers: int) -> nn.Module:
     torch.manual_seed(0)
     names = [str(i) for i in range(layers)]
     model = with_lora(nn.Sequential(*[nn.Linear(6, 6) for _ in names]), names, r=3)
+    if engine == "one process":
+        return model
     if engine == "fsdp2":
         for layer in model.base_model.model:
             fully_shard(layer)
@@ -71,37 +74,40 @@ def adapted(engine: str, layers: int) -> nn.Module:
 
 def work(engine: str, noise: str, layers: int) -> list[list[str]]:
     """What perturb and restore do, with all tables to be made anew."""
-    from flatlora_optim.kernels import triton
-
     optimizer = flatlora(adapted(engine, layers), noise=noise)
     optimizer.perturb()
     optimizer.step()
-    triton._norm_tables.cache_clear()  # gathered factors may lie elsewhere in each step, or not
+    if has_triton(torch.device("cpu")):
+        from flatlora_optim.kernels import triton
+
+        triton._norm_tables.cache_clear()  # gathered factors may lie elsewhere in each step, or not
     with counted(pytest.MonkeyPatch()) as perturbing:
         optimizer.perturb()
     with counted(pytest.MonkeyPatch()) as restoring:
         optimizer.restore()
-    assert not perturbing.waits
-    return [sorted(perturbing.operations), sorted(restoring.operations)]
+    return [perturbing.operations, restoring.operations]
 
 
 KINDS = [("fsdp2", "gaussian"), ("fsdp2", "low_rank"), ("tensor parallel", "low_rank")]
 
 
 def work_of_all_kinds() -> Any:
-    return {kind: [work(*kind, layers) for layers in (2, 4)] for kind in KINDS}
+    kinds = [*KINDS, ("one process", "gaussian"), ("one process", "low_rank")]
+    return {kind: [work(*kind, layers) for layers in (2, 4)] for kind in kinds}
 
 
-def test_work_and_collectives_do_not_grow_with_the_number_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", minversion="3.2")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for found in launch(work_of_all_kinds, timeout=200, method="spawn"):
-        for (engine, _), (few, many) in found.items():
-            assert few == many
-            perturbing, restoring = few
-            # A is gathered, B is there already; tensor parallelism has both where they are needed.
-            assert len([name for name in perturbing if "gather" in name]) == (engine == "fsdp2")
-            assert len([name for name in perturbing if "reduce" in name]) == 1
-            assert len(perturbing) <= 48
-            assert not any("::" in name for name in restoring)
-            assert len(restoring) <= 16
+def test_sharding_adds_no_work_or_collectives_for_each_weight() -> None:
+    for found in launch(work_of_all_kinds):
+        growth = {
+            kind: [len(more) - len(less) for less, more in zip(few, many, strict=True)]
+            for kind, (few, many) in found.items()
+        }
+        for engine, noise in KINDS:
+            perturb, restore = growth["one process", noise]
+            is_native = noise == "gaussian" and not has_triton(torch.device("cpu"))
+            assert growth[engine, noise] == [perturb + 2 * is_native, restore]  # a view of its scales
+            for perturbing, restoring in found[engine, noise]:
+                # A is gathered, B is there already; tensor parallelism has both where they are needed.
+                assert len([name for name in perturbing if "gather" in name]) == (engine == "fsdp2")
+                assert len([name for name in perturbing if "reduce" in name]) == 1
+                assert not any("::" in name for name in restoring)
