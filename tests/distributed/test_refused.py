@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 
+import bitsandbytes as bnb
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from helpers import flatlora, lora_mlp
+from helpers import flatlora, lora_mlp, trainable, with_lora
 from launch import launch, refusal
 
 
@@ -34,3 +35,20 @@ def test_fsdp1() -> None:
     for message in launch(wrapped_by_fsdp1)[0]:
         assert "FSDP1" in message
         assert "fully_shard" in message
+
+
+def sharded_in_4_bits() -> list[str]:
+    linear = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_storage=torch.float32)
+    model = with_lora(nn.Sequential(linear.to("cpu")), ["0"])
+    optimizer = flatlora(model)
+    optimizer.perturb()
+    optimizer.step()
+    fully_shard(model)
+    optimizer.param_groups[0]["params"] = trainable(model)
+    return [refusal(optimizer.perturb), refusal(lambda: flatlora(model))]
+
+
+def test_weights_in_4_bits_that_are_sharded() -> None:
+    later, before = launch(sharded_in_4_bits)[0]
+    assert "4-bit weight was sharded after this optimizer was built" in later
+    assert "both quantized and sharded" in before

@@ -47,7 +47,7 @@ def read_weight(owner: nn.Module, layer: nn.Module, row_dim: int, name: str = "w
     if isinstance(weight, Tensor) and weight.is_complex():
         raise UnsupportedAdapterError("its weight is complex")
     if is_sharded(weight) or (is_plain(weight) and not _is_computed(owner, name)):
-        if not is_plain(local_part(weight)):
+        if not is_plain(local_part(weight)) or getattr(owner, "quant_state", None) is not None:
             raise UnsupportedAdapterError("its weight is both quantized and sharded")
         return DenseWeight(owner, row_dim, name)
     if name != "weight":

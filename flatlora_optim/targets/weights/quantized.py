@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...kernels import has_triton, unpacked
 from ...kernels.part import Packed
 from ...kernels.plain import Product
+from ..sharding import is_sharded
 from .base import Delta, FrozenWeight, fingerprint_of
 
 _values: dict[tuple[Any, ...], Tensor | None] = {}
@@ -53,6 +54,11 @@ class Bnb4bitWeight(FrozenWeight):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         packed, state = self.layer.weight.data, copy.copy(self._quant_state())
+        if is_sharded(packed):
+            raise ValueError(
+                "a 4-bit weight was sharded after this optimizer was built, so that it can't be read: use "
+                "DDP, or shard a model that is not quantized"
+            )
         if getattr(state, "packing_format_for_cpu", False):
             packed = self._unpack(packed, state)
         state.dtype = dtype  # dequantize straight into it, as bitsandbytes' forward does
@@ -91,6 +97,7 @@ class Bnb4bitWeight(FrozenWeight):
             quant_type in ("nf4", "fp4")
             and len(shape) == 2
             and not is_repacked
+            and not is_sharded(codes)
             and codes.nbytes == (shape.numel() + 1) // 2
             and shape.numel() < 1 << 31
             and packed.scales.dtype == (torch.uint8 if packed.outer else torch.float32)
