@@ -156,7 +156,7 @@ def write(folder: Path, cells: Sequence[Cell], results: Results) -> list[Path]:
 
 
 def coverage(cells: Sequence[Cell], results: Results) -> str:
-    lines, done, planned = [], 0, 0
+    lines, done, planned, missing = [], 0, 0, []
     for cell in cells:
         tuning = [] if cell.tuned_as else grid.tuning(cell)
         final = len(cell.methods) * cell.seeds
@@ -171,14 +171,17 @@ def coverage(cells: Sequence[Cell], results: Results) -> str:
             (sum(results.get(key) is not None for key in curve), len(curve)),
         ]
         done, planned = done + sum(n for n, _ in counts), planned + sum(m for _, m in counts)
+        if any(n < m for n, m in counts):
+            missing.append(cell.name + " (on a GPU)" * (cell.task == grid.ON_GPU))
         texts = [f"{n} of {m}" if m else "–" for n, m in counts]
         lines.append((cell.name, *texts, f"{sum(row['seconds'] for row in rows) / 3600:.2f}"))
     state = (
         "All planned runs are there.\n"
         if done == planned
         else (
-            f"**Incomplete: {done} of {planned} planned runs are there.** What follows is of these; cells "
-            "with fewer seeds than planned say so.\n"
+            f"**Incomplete: {done} of {planned} planned runs are there.** Runs are missing of: "
+            f"{'; '.join(missing)}. What follows is of those that are there; cells with fewer seeds than "
+            "planned say so.\n"
         )
     )
     head = ("cell", "tuning runs", "final runs", "curves", "hours of one core")
